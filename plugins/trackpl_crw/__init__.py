@@ -1,0 +1,1 @@
+"""Multiscale contrastive random walks as a `trackpl` method."""

@@ -1,0 +1,240 @@
+"""Learning Pixel Trajectories with Multiscale Contrastive Random Walks (Bian, Jabri, Efros, Owens; CVPR 2022).
+
+Claim: a walker that steps from pixel to pixel between frames, by the similarity of learned embeddings, and back again
+should come home. Maximising the probability that it does teaches the embeddings to match, without any label. Dense
+frames are affordable because each step is local: at every level of a pyramid it only corrects the flow found above it.
+
+Glossary: B batch, k frames of a clip, l level (stride 64 to 4, coarse to fine), N = h w nodes of a level, d channels
+of an embedding, r window radius, K = (2r+1)^2 window offsets, A (N, K) local transition, f (2, h, w) flow.
+
+Where we differ from the paper: the loss of a level is the mean over the nodes whose path stays in the frame (the paper
+sums, which would weigh the finest level 256 times the coarsest); transitions are composed as T = A B with the bilinear
+weights B of their incoming flow (the paper multiplies A alone); and, for training from scratch on small clips, the walk
+may return to a displaced view of frame 0 (`end_view_shift`), so that absolute position is of no use to it.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from trackpl import Clip, Flow, Info, Method
+from trackpl.errors import DataError, Error
+from trackpl_crw.pyramid import FeaturePyramid, embed_heads, image_pyramid
+from trackpl_crw.smoothness import smoothness
+from trackpl_crw.transition import Transition, coarse_to_fine, upsample
+from trackpl_crw.walk import cycle_loss
+
+FINEST = 4  # stride of the finest level
+
+
+def _adam(parameters) -> torch.optim.Optimizer:  # noqa: ANN001
+    return torch.optim.Adam(parameters, lr=1e-4)
+
+
+def _cyclic(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.CyclicLR(
+        optimizer, base_lr=1e-4, max_lr=5e-4, step_size_up=2000, cycle_momentum=False
+    )
+
+
+class MultiscaleCRW(Method):
+    """Self-supervised dense correspondence by multiscale contrastive random walks (the non-parametric model).
+
+    Args:
+        levels: levels of the pyramid, 1 to 5; the paper's five reach from stride 64 to stride 4. Clips of 256 px move
+            little enough for three.
+        embed_dim: channels of an embedding.
+        radius: radius of the window; 5 is the paper's 11 x 11.
+        tau: temperature of the transition softmax.
+        padding_mode: border of the convolutions; ``reflect`` leaks less absolute position than ``zeros``.
+        expected_flow: ``paper`` (Eq. 6) or ``exact``, where the walker lands on average.
+        crw_weight: weight of the walk's loss.
+        smooth_weight: weight of the smoothness loss.
+        edge_constant: lambda of the smoothness loss.
+        starts: nodes drawn at each level for walks of three frames and more.
+        end_view_shift: the walk ends in a view of frame 0 displaced by this many pixels (a multiple of the coarsest
+            stride) along either axis or both, at random; 0 ends it in frame 0 itself.
+        resolution: shorter side of the frames that flow is computed on; frames are resized to it and to multiples of
+            the coarsest stride. None keeps their size.
+        optimizer: as ``{class_path, init_args}``.
+        lr_scheduler: stepped once a batch.
+    """
+
+    info: ClassVar[Info] = Info(
+        title="Multiscale Contrastive Random Walks",
+        paper="Bian et al., Learning Pixel Trajectories with Multiscale Contrastive Random Walks, CVPR 2022",
+        licence="Apache-2.0",
+        weights_licence="Apache-2.0",
+    )
+    contract: ClassVar[int] = 1
+    weights: ClassVar[str | None] = "crw_multiscale.safetensors"
+
+    def __init__(
+        self,
+        levels: int = 5,
+        embed_dim: int = 32,
+        radius: int = 5,
+        tau: float = 0.07,
+        padding_mode: Literal["zeros", "reflect"] = "zeros",
+        expected_flow: Literal["paper", "exact"] = "paper",
+        crw_weight: float = 1.0,
+        smooth_weight: float = 30.0,
+        edge_constant: float = 150.0,
+        starts: int = 512,
+        end_view_shift: int = 0,
+        resolution: int | None = 512,
+        optimizer: OptimizerCallable = _adam,
+        lr_scheduler: LRSchedulerCallable | None = _cyclic,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        if not 1 <= levels <= 5 or radius < 1 or tau <= 0:
+            raise Error(
+                f"crw_multiscale needs levels in 1..5, radius >= 1 and tau > 0; got {levels}, {radius} and {tau}"
+            )
+        self.coarsest = FINEST << (levels - 1)  # stride
+        if end_view_shift < 0 or end_view_shift % self.coarsest:
+            raise Error(
+                f"crw_multiscale needs end_view_shift a multiple of its coarsest stride {self.coarsest}, "
+                f"got {end_view_shift}"
+            )
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.feature_pyramid_extractor = FeaturePyramid(levels, padding_mode)
+        self.embed_heads = embed_heads(levels, embed_dim)
+        self.radius, self.tau, self.expected_flow = radius, tau, expected_flow
+        self.crw_weight, self.smooth_weight, self.edge_constant = crw_weight, smooth_weight, edge_constant
+        self.starts, self.end_view_shift, self.resolution = starts, end_view_shift, resolution
+
+    def embed(self, images: Tensor) -> list[Tensor]:
+        """Map images (B, 3, H, W) in [0, 1] to raw embeddings (B, d, h, w) of each level, coarse to fine."""
+        features = self.feature_pyramid_extractor(images * 2 - 1)  # appendix B: RGB in [-1, 1]
+        return [head(f) for head, f in zip(self.embed_heads, features, strict=True)]
+
+    # 3.3, Eq. 10: L_non = L_msCRW + L_smooth ----------------------------------------------------------------------
+
+    def losses(self, clip: Clip) -> dict[str, Tensor]:
+        """Walk and smoothness losses of the palindrome 0, 1, .., k-1, .., 1, 0, one entry of each a level.
+
+        Raises:
+            DataError: clips of a single frame, or smaller than two nodes of stride 64.
+        """
+        if clip.frames < 2:
+            raise DataError("crw_multiscale learns from clips of 2 frames or more; set data.frames to 2, 3 or 4")
+        video, end_view, shift = self._displaced_view(clip.float_video())
+        k, (h, w) = clip.frames, video.shape[-2:]
+        if min(h, w) < 2 * self.coarsest or h % self.coarsest or w % self.coarsest:
+            raise DataError(
+                f"crw_multiscale trains on frames of at least {2 * self.coarsest} px whose sides are multiples of "
+                f"{self.coarsest} (after end_view_shift={self.end_view_shift} is taken off); got {h} x {w}"
+            )
+        # Embed every frame once, then match all adjacent pairs in both orders as one batch; the last hop goes home.
+        frames = video.transpose(0, 1)  # (k, B, 3, h, w)
+        images = frames if end_view is None else torch.cat([frames, end_view.unsqueeze(0)])
+        embedded = [e.unflatten(0, images.shape[:2]) for e in self.embed(images.flatten(0, 1))]
+        home = slice(0, 1) if end_view is None else slice(k, k + 1)
+        sources = [torch.cat([e[: k - 1], e[1:k]]).flatten(0, 1) for e in embedded]
+        targets = [torch.cat([e[1:k], e[home], e[1 : k - 1]]).flatten(0, 1) for e in embedded]
+        steps = coarse_to_fine(sources, targets, self.radius, self.tau, self.expected_flow)
+
+        start_images = torch.cat([frames[: k - 1], frames[1:k]]).flatten(0, 1)
+        guides = image_pyramid(start_images, [(s.flow.shape[-2], s.flow.shape[-1]) for s in steps])
+        losses = {}
+        for level, (step, image) in enumerate(zip(steps, guides, strict=True)):
+            stride = self.coarsest >> level
+            forward, backward = _hops(step, k - 1)
+            nodes = (shift[0] // stride, shift[1] // stride)
+            with torch.autocast(video.device.type, enabled=False):
+                walk = cycle_loss(forward, backward, self.starts, nodes)
+                smooth = smoothness(step.flow, image, self.edge_constant)
+            losses[f"crw_{stride}"] = self.crw_weight * walk
+            if self.smooth_weight:
+                losses[f"smooth_{stride}"] = self.smooth_weight * smooth
+        return losses
+
+    def _displaced_view(self, video: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """Crop all frames by `end_view_shift`, and frame 0 once more displaced by it: node p is p - shift there."""
+        margin = self.end_view_shift
+        if not margin:
+            return video, None, (0, 0)
+        h, w = video.shape[-2] - margin, video.shape[-1] - margin
+        start_x, start_y, axes = (int(i) for i in torch.randint(0, 6, (3,)))
+        begin = (start_x % 2 * margin, start_y % 2 * margin)  # corner of the walk's own view
+        moves = ((True, False), (False, True), (True, True))[axes % 3]
+        end = tuple(margin - b if move else b for b, move in zip(begin, moves, strict=True))
+        view = video[..., begin[1] : begin[1] + h, begin[0] : begin[0] + w]
+        end_view = video[:, 0, :, end[1] : end[1] + h, end[0] : end[0] + w]
+        return view, end_view, (end[0] - begin[0], end[1] - begin[1])
+
+    # 3.1.2: optical flow as the walk's expectation ----------------------------------------------------------------
+
+    @torch.no_grad()
+    def flow(self, clip: Clip, pairs: Sequence[tuple[int, int]]) -> Flow:
+        """Give the expected displacement of every pixel from frame s to frame t, for each pair (s, t).
+
+        Frames are resized to `resolution` and to multiples of the coarsest stride, and the flow back again. `Flow.visible` is not
+        estimated: the non-parametric walk has no notion of occlusion (paper, 3.2).
+
+        Raises:
+            DataError: a pair outside the clip.
+        """
+        bad = [p for p in pairs if min(p) < 0 or max(p) >= clip.frames]
+        if bad:
+            raise DataError(f"flow pair {bad[0]} is outside the clip of {clip.frames} frames")
+        h, w = clip.size
+        size = working_size(h, w, self.resolution, self.coarsest)
+        used = sorted({t for pair in pairs for t in pair})
+        where = {t: i for i, t in enumerate(used)}
+        b = clip.video.shape[0]
+        embedded = self._embed_frames(clip, used, size)
+        flows = []
+        for s, t in pairs:
+            steps = coarse_to_fine(
+                [e[:, where[s]] for e in embedded],
+                [e[:, where[t]] for e in embedded],
+                self.radius,
+                self.tau,
+                self.expected_flow,
+            )
+            flows.append(resize_flow(upsample(steps[-1].flow, FINEST), (h, w)))
+        xy = torch.stack(flows, 1) if flows else clip.video.new_zeros((b, 0, 2, h, w), dtype=torch.float32)
+        return Flow(xy, tuple((int(s), int(t)) for s, t in pairs))
+
+    def _embed_frames(self, clip: Clip, frames: Sequence[int], size: tuple[int, int]) -> list[Tensor]:
+        """Embed the named frames at the working size, one at a time: (B, n, d, h, w) a level."""
+        levels = []
+        for t in frames:
+            image = clip.video[:, t]
+            image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+            if image.shape[-2:] != size:
+                image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+            levels.append(self.embed(image))
+        return [torch.stack(level, 1) for level in zip(*levels, strict=True)]
+
+
+def _hops(step: Transition, hops: int) -> tuple[list[Transition], list[Transition]]:
+    """Split the transitions of one level, stacked as k-1 hops forward and k-1 backward, into lists."""
+    parts = [
+        Transition(*fields)
+        for fields in zip(
+            step.probability.chunk(2 * hops), step.flow_in.chunk(2 * hops), step.flow.chunk(2 * hops), strict=True
+        )
+    ]
+    return parts[:hops], parts[hops:]
+
+
+def working_size(height: int, width: int, resolution: int | None, stride: int) -> tuple[int, int]:
+    """Nearest multiples of `stride`, two at least, to the frame's size scaled to a shorter side of `resolution`."""
+    scale = 1.0 if resolution is None else resolution / min(height, width)
+    return max(2, round(height * scale / stride)) * stride, max(2, round(width * scale / stride)) * stride
+
+
+def resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a flow (B, 2, H, W) and scale its vectors."""
+    h, w = flow.shape[-2:]
+    if (h, w) == size:
+        return flow
+    scale = flow.new_tensor([size[1] / w, size[0] / h]).view(1, 2, 1, 1)
+    return F.interpolate(flow, size, mode="bilinear", align_corners=False) * scale

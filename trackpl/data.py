@@ -1,0 +1,218 @@
+"""`ShardDataModule`: clips for training, validation and test from sets of shards (see `trackpl.stream`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from trackpl.augment import Augment
+from trackpl.errors import DataError
+from trackpl.shards import Index, check_fields, read_index
+from trackpl.stream import ClipStream, EachOnce, SeededClip, TrainDraws, Wanted
+from trackpl.types import Clip
+
+SYNTHETIC = "synthetic"
+SYNTHETIC_BENCHMARK = {SYNTHETIC: SYNTHETIC}
+TRAIN_FIELDS = ("video", "tracks", "visible", "valid")
+TRUTH_FIELDS = (*TRAIN_FIELDS, "flow")
+
+# Lightning cannot know that each worker of a `ClipStream` takes its own steps.
+warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+
+
+class ClipLoader(DataLoader):
+    """A loader that says where it starts as late as it can, and raises the errors of its workers as they are."""
+
+    before: Callable[[], None] | None = None
+
+    def __iter__(self) -> Any:
+        # A trainer that resumes asks for the iterator before it knows its epoch, but for the first batch after that.
+        if self.before is not None:
+            self.before()
+        for item in super().__iter__():
+            if isinstance(item, DataError):
+                raise item
+            yield item
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the place in the epoch is the trainer's own, from where a resumed run takes it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take nothing; see `state_dict`."""
+
+
+class ShardDataModule(LightningDataModule):
+    """Clips for training, validation and test from sets of shards.
+
+    Args:
+        train: index or folder of the shards to train on; ``synthetic`` is the set that is made on first use.
+        val: names of validation benchmarks and their shards, likewise.
+        test: names of test benchmarks and their shards; none takes those of `val`.
+        frames: number of frames of a training clip.
+        stride: distance of its frames.
+        size: height and width of training clips, which are resized to cover it and cut at random; none keeps
+            them.
+        points: number of tracks of a training clip, random ones that are seen in it; none keeps all.
+        batch_size: training clips a step and process.
+        workers: processes that load and decode, for each process that trains; 0 loads in that itself.
+        steps_per_epoch: training steps an epoch, the same in every process; none: one pass through the
+            shards.
+        augment: changes training clips on the device; none leaves them as they are.
+        fields: what training needs of a clip; none: video, tracks, visible, valid.
+        val_frames: number of frames of validation and test clips, from the start; none: all.
+        val_size: height and width to which validation and test clips are resized; none keeps them.
+        val_batch_size: validation and test clips a step and process.
+        seed: from which the order of the clips, their cuts and their augmentation follow.
+    """
+
+    def __init__(
+        self,
+        train: str | None = SYNTHETIC,
+        val: dict[str, str] | None = SYNTHETIC_BENCHMARK,
+        test: dict[str, str] | None = None,
+        frames: int = 2,
+        stride: int = 1,
+        size: tuple[int, int] | None = None,
+        points: int | None = 256,
+        batch_size: int = 4,
+        workers: int = 1,
+        steps_per_epoch: int | None = None,
+        augment: Augment | None = None,
+        fields: list[str] | None = None,
+        val_frames: int | None = None,
+        val_size: tuple[int, int] | None = None,
+        val_batch_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_counts(
+            frames=frames,
+            stride=stride,
+            points=points,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            val_frames=val_frames,
+            val_batch_size=val_batch_size,
+        )
+        self.addresses = {"train": {"train": train} if train else {}, "val": dict(val or {})}
+        self.addresses["test"] = self.addresses["val"] if test is None else dict(test)
+        names = tuple(fields or TRAIN_FIELDS)
+        check_fields(names)
+        self.wanted = Wanted(names, frames, stride, size, points)
+        self.wanted_truth = Wanted(tuple({*names, *TRUTH_FIELDS}), val_frames, size=val_size)
+        self.batch_size, self.val_batch_size, self.workers = batch_size, val_batch_size, workers
+        self.steps_per_epoch, self.augment, self.seed = steps_per_epoch, augment, seed
+        self.benchmarks: tuple[str, ...] = tuple(self.addresses["val"])
+        """Names of the current validation or test loaders, in their order."""
+        self._indices: dict[tuple[str, str], Index] = {}
+
+    # Lightning's hooks --------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Make what is not there yet; Lightning calls this in one process only."""
+        for split, addresses in self.addresses.items():
+            for address in addresses.values():
+                _locate(address, split)
+
+    def train_dataloader(self) -> ClipLoader:
+        """Load `steps_per_epoch` batches of random clips, equally many in every process."""
+        span = self.wanted.span
+        samples = [s for s in self._index("train", "train").samples if s.frames >= span]
+        if not samples:
+            raise DataError(f"no clip of {self.addresses['train']['train']} has the {span} frames asked for")
+        rank, world = self._place()
+        steps = self.steps_per_epoch or max(1, len(samples) // (self.batch_size * world))
+        draws = TrainDraws(samples, self.seed, steps, self.batch_size, rank, world)
+        loader = self._loader(ClipStream(draws, self.wanted, self.seed), persistent=True)
+
+        loader.before = lambda: draws.start.copy_(torch.tensor(self._progress()))
+        return loader
+
+    def val_dataloader(self) -> list[ClipLoader]:
+        """Load every clip of every benchmark once over all processes, in the same order each time."""
+        return self._truth("val")
+
+    def test_dataloader(self) -> list[ClipLoader]:
+        """Load the test benchmarks as `val_dataloader` does."""
+        return self._truth("test")
+
+    def predict_dataloader(self) -> list[ClipLoader]:
+        """Load the test benchmarks as `val_dataloader` does."""
+        return self._truth("test")
+
+    def transfer_batch_to_device(self, batch: Clip, device: torch.device, dataloader_idx: int) -> Clip:
+        """Move a clip, without waiting where its memory is pinned."""
+        return batch.to(device, non_blocking=True)
+
+    def on_after_batch_transfer(self, batch: Clip, dataloader_idx: int) -> Clip:
+        """Augment training clips on their device."""
+        if not isinstance(batch, SeededClip):
+            return batch
+        clip = Clip(**{f.name: getattr(batch, f.name) for f in dataclasses.fields(Clip)})
+        if self.augment is None or self.trainer is None or not self.trainer.training:
+            return clip
+        return self.augment(clip, batch.seeds)
+
+    # Parts --------------------------------------------------------------------------------------------------
+
+    def _truth(self, split: str) -> list[ClipLoader]:
+        rank, world = self._place()
+        self.benchmarks = tuple(self.addresses[split])
+        loaders = []
+        for name in self.benchmarks:
+            index = self._index(split, name)
+            if len(index.samples) < world:
+                raise DataError(f"benchmark '{name}' has {len(index.samples)} clips, too few for {world} processes")
+            draws = EachOnce(index.samples, self.val_batch_size, rank, world)
+            loaders.append(self._loader(ClipStream(draws, self.wanted_truth, self.seed)))
+        return loaders
+
+    def _loader(self, stream: ClipStream, persistent: bool = False) -> ClipLoader:
+        workers = min(self.workers, len(stream))
+        return ClipLoader(
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=persistent and workers > 0,
+        )
+
+    def _index(self, split: str, name: str) -> Index:
+        if name not in self.addresses[split]:
+            raise DataError(f"there is nothing to train on: set data.{split} to a set of shards or '{SYNTHETIC}'")
+        if (split, name) not in self._indices:
+            self._indices[split, name] = read_index(_locate(self.addresses[split][name], split))
+        return self._indices[split, name]
+
+    def _progress(self) -> tuple[int, int]:
+        """Return the epoch and the number of its steps that are done, which is above 0 after a resume within it."""
+        if self.trainer is None:
+            return 0, 0
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer.training else 0
+        return self.trainer.current_epoch, done
+
+    def _place(self) -> tuple[int, int]:
+        """Return rank and number of processes, as the trainer has them."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise DataError(f"data: {name} must be at least 1, got {value}")
+
+
+def _locate(address: str, split: str) -> str:
+    """Return the path of a set of shards, making the synthetic one where it is not there yet."""
+    if address != SYNTHETIC:
+        return address
+    from trackpl_prep.synthetic import default_set  # renders and writes; only who needs it loads it
+
+    return str(default_set("train" if split == "train" else "val"))

@@ -1,0 +1,188 @@
+"""`Method`: what every point tracker and dense correspondence method is to the platform.
+
+A method states its losses and at least one native capability (sparse tracks, dense tracks, flow, label propagation).
+Training, validation, prediction and the capabilities it lacks are the platform's (`trackpl.adapters`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from trackpl import adapters
+from trackpl.errors import Error
+from trackpl.metrics.flow import FlowMetrics
+from trackpl.metrics.tapvid import TapVid, first_queries
+from trackpl.types import Clip, DenseTracks, Flow, Tracks, check_queries
+
+CONTRACT = 1
+"""Version of the contract between methods and platform; a plugin states the one that it was written for."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a user should know of a method before using it."""
+
+    title: str
+    paper: str
+    licence: str  # of the code
+    weights_licence: str = ""
+    needs_depth: bool = False
+    joint_points: bool = False  # points influence each other
+    causal: bool = False  # looks only at frames up to the present one
+
+
+class Method(LightningModule):
+    """Base of all methods.
+
+    A subclass sets `info` and `contract`, defines `losses` and at least one of `track`, `flow` and `track_dense`, and
+    may define `import_weights` and name the file of its shipped weights in `weights`.
+
+    Args:
+        optimizer: makes the optimiser from the parameters, as ``{class_path, init_args}`` in a config.
+        lr_scheduler: makes the learning-rate schedule, stepped once a batch; none keeps the rate.
+    """
+
+    info: ClassVar[Info]
+    contract: ClassVar[int] = CONTRACT
+    weights: ClassVar[str | None] = None  # path of the shipped weights, relative to the plugin's folder
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._points: dict[str, TapVid] = {}
+        self._flows: dict[str, FlowMetrics] = {}
+
+    # What a method writes ------------------------------------------------------------------------------------------
+
+    def losses(self, clip: Clip) -> dict[str, Tensor]:
+        """Return named scalar losses of a training clip; their sum is minimised and each is logged."""
+        raise Error(f"{type(self).__name__} defines no losses and cannot be trained")
+
+    def track(self, clip: Clip, queries: Tensor) -> Tracks:
+        """Track points through a clip.
+
+        Args:
+            clip: any length T >= 1 and any size.
+            queries: (B, N, 3) of (t, x, y), t a whole frame index, x and y in pixels.
+
+        Returns:
+            `Tracks`, xy (B, T, N, 2) in pixels of the clip; each point is exactly its query in its query frame.
+
+        Raises:
+            DataError: queries of the wrong shape or outside the clip.
+        """
+        check_queries(clip, queries)
+        return adapters.track(self, clip, queries)
+
+    def flow(self, clip: Clip, pairs: Sequence[tuple[int, int]]) -> Flow:
+        """Return the displacement of every pixel of frame s to frame t for each pair (s, t)."""
+        raise Error(f"{type(self).__name__} gives no flow")
+
+    def track_dense(self, clip: Clip, source: int = 0) -> DenseTracks:
+        """Track every pixel of the frame `source` through a clip."""
+        return adapters.track_dense(self, clip, source)
+
+    def import_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Translate the keys of the authors' published checkpoint into ours; unknown keys stay as they are."""
+        return state
+
+    def has(self, capability: str) -> bool:
+        """Whether `capability` ("track", "flow", "track_dense") is native and not adapted by the platform."""
+        return getattr(type(self), capability) is not getattr(Method, capability)
+
+    # What the platform does ----------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimiser and, where there is one, its schedule."""
+        optimizer = self._optimizer(p for p in self.parameters() if p.requires_grad)
+        if self._lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def training_step(self, clip: Clip, batch_idx: int) -> Tensor:
+        """Sum and log the losses of one batch."""
+        losses = self.losses(clip)
+        total = torch.stack(list(losses.values())).sum()
+        size = clip.video.shape[0]
+        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=size)
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=size)
+        return total
+
+    def validation_step(self, clip: Clip, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Score one batch of held-out clips against their truth."""
+        return self._score("val", clip, dataloader_idx)
+
+    def test_step(self, clip: Clip, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Score one batch of a benchmark."""
+        return self._score("test", clip, dataloader_idx)
+
+    def predict_step(self, clip: Clip, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Track the points that the clip has truth for, or a grid of its first frame."""
+        queries = _queries(clip)
+        return {"clip": clip, "queries": queries, "tracks": self.track(clip, queries)}
+
+    def on_validation_epoch_start(self) -> None:
+        """Make the metrics of every validation set, the same on all ranks."""
+        self._make_metrics("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Make the metrics of every benchmark, the same on all ranks."""
+        self._make_metrics("test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures over all validation videos of all ranks."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures over all test videos of all ranks."""
+        self._log_metrics("test")
+
+    def _benchmarks(self) -> list[str]:
+        return list(getattr(self.trainer, "datamodule").benchmarks)  # noqa: B009 - Lightning sets it late
+
+    def _make_metrics(self, stage: str) -> None:
+        device = "cpu" if self.device.type == "mps" else self.device  # figures are float64, which MPS lacks
+        self._points = {f"{stage}/{name}": TapVid().to(device) for name in self._benchmarks()}
+        self._flows = {f"{stage}/{name}": FlowMetrics().to(device) for name in self._benchmarks()}
+
+    def _score(self, stage: str, clip: Clip, dataloader_idx: int) -> dict[str, Any]:
+        benchmark = self._benchmarks()[dataloader_idx]
+        out: dict[str, Any] = {"benchmark": benchmark, "clip": clip, "rows": []}
+        if clip.tracks is not None and clip.visible is not None:
+            queries = _queries(clip)
+            tracks = self.track(clip, queries)
+            rows = self._points[f"{stage}/{benchmark}"].update_clip(clip, queries, tracks)
+            out |= {"queries": queries, "tracks": tracks, "rows": rows}
+        if clip.flow is not None and self.has("flow"):
+            flow = self.flow(clip, clip.flow.pairs)
+            out["flow"] = flow
+            self._flows[f"{stage}/{benchmark}"].update(flow.xy, clip.flow.xy, clip.flow.visible, clip.flow.valid)
+        return out
+
+    def _log_metrics(self, stage: str) -> None:
+        """Log what was measured; a figure without any data is left out, on every rank alike."""
+        for name, metric in [*self._points.items(), *self._flows.items()]:
+            figures = {k: v for k, v in metric.compute().items() if not v.isnan()}
+            if figures.get("videos", figures.get("images", 0)) > 0:
+                self.log_dict({f"{name}/{k}": v.float() for k, v in figures.items()})
+            metric.reset()
+
+
+def _queries(clip: Clip) -> Tensor:
+    if clip.tracks is not None and clip.visible is not None:
+        return first_queries(clip.tracks, clip.visible, clip.valid)
+    return adapters.grid_queries(clip, 16)

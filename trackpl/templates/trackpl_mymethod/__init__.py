@@ -1,0 +1,1 @@
+"""The tracker `mymethod` for trackpl."""
