@@ -90,13 +90,13 @@ def test_tracks_move_as_the_flow_does(index):
     size, frames = (72, 96), 6
     setting = scene(rng, size, frames, None)
     placed = raster.place(setting, np.arange(frames, dtype=float), torch.device("cpu"))
-    pairs = [(s, t) for s in (0, 3) for t in range(frames)]
+    pairs = [(3, t) for t in (0, 2, 3, 4, 5)]
     clip = small(index, flow_pairs=pairs)
     y, x = torch.meshgrid(torch.arange(72).double() + 0.5, torch.arange(96).double() + 0.5, indexing="ij")
     x, y = x.flatten(), y.flatten()
-    for p, (s, t) in enumerate(pairs):
-        owner, ux, uy, z = raster.front(placed, x, y, torch.full_like(x, s).long())
-        torch.testing.assert_close(z.float(), clip.depth[0, s, 0].flatten(), rtol=1e-3, atol=1e-3)
+    owner, ux, uy, z = raster.front(placed, x, y, torch.full_like(x, 3).long())
+    torch.testing.assert_close(z.float(), clip.depth[0, 3, 0].flatten(), rtol=1e-3, atol=1e-3)
+    for p, (_, t) in enumerate(pairs):
         instants = torch.full_like(owner, t)
         for part, item in enumerate(placed):
             mine = owner == part

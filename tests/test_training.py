@@ -5,7 +5,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,92 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from plugin_site import install
+from tiny_site import SGD, TINY, fit, losses, only_run, process, rows
 
-from trackpl import arguments, cli, complaints, configs, runs, training
+from trackpl import arguments, complaints, configs, runs, training
 from trackpl.errors import CheckpointError, Error
 
-ENTRY_POINTS = "[trackpl.methods]\ntiny = trackpl_tiny:Tiny\nother_tiny = trackpl_tiny:Other\n"
-TINY = ("--model", "tiny", "--data", "trackpl_tiny.TinyData", "--trainer.accelerator", "cpu")
-SGD = '{"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}}'
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("site")
-    install(folder, "tiny", Path(__file__).with_name("tiny.py").read_text(), entry_points=ENTRY_POINTS)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def work(site, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    for name in [n for n in os.environ if n.startswith("SLURM_")]:
-        monkeypatch.delenv(name)
-    return tmp_path
-
-
-@pytest.fixture
-def trackpl(capsys):
-    def run(*args):
-        status = cli.main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-
-    return run
-
-
-@pytest.fixture
-def mistake(trackpl):
-    """Run what must fail; return the message, which is one line."""
-
-    def run(*args):
-        done = trackpl(*args)
-        assert done.status == 2, done.err
-        lines = done.err.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith("trackpl: "), done.err
-        assert not Path("runs").exists() or "ckpt_path" in " ".join(map(str, args))
-        return lines[0].removeprefix("trackpl: ")
-
-    return run
-
-
-def fit(trackpl, *args, epochs=2):
-    done = trackpl("fit", *TINY, "--trainer.max_epochs", epochs, *args)
-    assert done.status == 0, done.err
-    return done
-
-
-def only_run(method="tiny"):
-    (folder,) = Path("runs", method).iterdir()
-    return folder
-
-
-def rows(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def losses(folder):
-    return {int(r["step"]): float(r["train/global"]) for r in rows(folder) if r["train/global"]}
-
-
-def environment(site, **more):
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
-
-
-def process(site, *args, wandb="disabled", code=None):
-    start = ["-c", code] if code else ["-m", "trackpl"]
-    return subprocess.Popen(
-        [sys.executable, *start, *map(str, args)],
-        env=environment(site, WANDB_MODE=wandb),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+pytest_plugins = ["tiny_site"]
+pytestmark = pytest.mark.usefixtures("work")
 
 
 # Names and help -------------------------------------------------------------------------------------------------
@@ -115,7 +35,12 @@ def test_a_short_name_stands_for_the_class_on_the_command_line(flags):
 
 @pytest.mark.parametrize(
     "model",
-    ["tiny", {"class_path": "tiny"}, {"class_path": "tiny", "init_args": {"start": 3}}, {"class_path": "trackpl_tiny.Tiny"}],
+    [
+        "tiny",
+        {"class_path": "tiny"},
+        {"class_path": "tiny", "init_args": {"start": 3}},
+        {"class_path": "trackpl_tiny.Tiny"},
+    ],
 )
 def test_a_short_name_stands_for_the_class_in_a_file(model, trackpl):
     Path("one.yaml").write_text(yaml.safe_dump({"model": model}))
@@ -215,7 +140,9 @@ IN_FILES = {
 @pytest.mark.parametrize("content", IN_FILES)
 def test_a_mistake_in_a_file_is_one_line_with_file_key_and_match(content, mistake):
     Path("bad.yaml").write_text(content)
-    assert re.search(IN_FILES[content], mistake("fit", *TINY[2:], *([] if "tinny" in content else TINY[:2]), "--config", "bad.yaml"))
+    assert re.search(
+        IN_FILES[content], mistake("fit", *TINY[2:], *([] if "tinny" in content else TINY[:2]), "--config", "bad.yaml")
+    )
 
 
 ON_THE_LINE = {
@@ -281,7 +208,12 @@ def test_slurm_tasks_that_do_not_match_the_devices_are_refused(mistake, monkeypa
 
 @pytest.mark.parametrize(
     "tasks, devices, nodes, name, fits",
-    [("4", 2, 2, "job", True), ("4", "2", 2, "job", True), ("4", [0, 1], 1, "job", False), ("3", "auto", 1, "bash", True)],
+    [
+        ("4", 2, 2, "job", True),
+        ("4", "2", 2, "job", True),
+        ("4", [0, 1], 1, "job", False),
+        ("3", "auto", 1, "bash", True),
+    ],
 )
 def test_slurm_tasks(tasks, devices, nodes, name, fits):
     trainer = SimpleNamespace(num_nodes=nodes, devices=devices, accelerator="cpu")
@@ -426,7 +358,7 @@ def test_last_means_the_newest_run_of_the_method(trackpl):
 
 def test_a_resumed_fit_goes_on_in_its_folder_with_its_config(trackpl):
     args = ("--trainer.log_every_n_steps", "1", "--model.optimizer", SGD)
-    fit(trackpl, *args, epochs=4, *("--run_dir", "whole"))
+    fit(trackpl, *args, "--run_dir", "whole", epochs=4)
     fit(trackpl, *args, epochs=2)
     folder = only_run()
     done = trackpl("fit", "--ckpt_path", "last", "--trainer.max_epochs", "4")
@@ -499,5 +431,5 @@ def test_two_processes_give_the_loss_curve_of_one(site, trackpl, strategy):
     scored = [[(r["step"], r["val/toy/videos"]) for r in rows(Path(n)) if r["val/toy/videos"]] for n in ("one", "two")]
     assert scored[0] == scored[1] and scored[0][0][1] == "3.0"
     assert out.count("trackpl track VIDEO") == 1
-    table = list(csv.DictReader(open(Path("two/media/step_0000024_videos.csv"))))
+    table = list(csv.DictReader(Path("two/media/step_0000024_videos.csv").read_text().splitlines()))
     assert sorted(r["name"] for r in table) == ["clip1000", "clip1001", "clip1002"]

@@ -27,6 +27,7 @@ NOISE = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",
     r".*is an instance of `nn.Module` and is already saved during checkpointing.*",
+    r".*It is recommended to use `self.log\('(val|test)/.*sync_dist=True.*",  # ours are reduced by torchmetrics
     r".*callbacks used to create the checkpoint need to be provided.*",
     r".*The verbose parameter is deprecated.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",

@@ -157,7 +157,8 @@ class Method(LightningModule):
     def _make_metrics(self, stage: str) -> None:
         device = "cpu" if self.device.type == "mps" else self.device  # figures are float64, which MPS lacks
         self._points = {f"{stage}/{name}": TapVid().to(device) for name in self._benchmarks()}
-        self._flows = {f"{stage}/{name}": FlowMetrics().to(device) for name in self._benchmarks()}
+        names = self._benchmarks() if self.has("flow") else []
+        self._flows = {f"{stage}/{name}": FlowMetrics().to(device) for name in names}
 
     def _score(self, stage: str, clip: Clip, dataloader_idx: int) -> dict[str, Any]:
         benchmark = self._benchmarks()[dataloader_idx]

@@ -43,21 +43,8 @@ def run(verb: str, args: list[str]) -> int:
         config_read_mode_urls_enabled=False,
         config_read_mode_fsspec_enabled=False,
     )
-    cli_class = type("CLI", (CLI,), {"verb": verb, "request": request})
     try:
-        cli_class(
-            Method,
-            LightningDataModule,
-            save_config_callback=None,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            parser_kwargs={"allow_abbrev": False},
-            parser_class=type("Parser", (Parser,), {"request": request}),
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            args=request.argv,
-        )
+        CLI(verb, request)
     except MisconfigurationException as error:
         raise Error(f"the trainer's options do not fit: {' '.join(str(error).split())}") from error
     except SystemExit as leaving:  # after --help
@@ -70,7 +57,7 @@ def run(verb: str, args: list[str]) -> int:
 class Parser(LightningArgumentParser):
     """Raises a user's mistake as `Error` of one line instead of printing a page of usage."""
 
-    request: Request
+    request = Request([])
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise `message` with the key, the config it stands in and the closest match."""
@@ -84,14 +71,30 @@ class Parser(LightningArgumentParser):
 class CLI(LightningCLI):
     """Builds the parser of one verb, and a trainer that writes into a run folder."""
 
-    verb = "fit"
-    request: Request
+    def __init__(self, verb: str, request: Request) -> None:
+        self.verb, self.request = verb, request
+        super().__init__(
+            Method,
+            LightningDataModule,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={"allow_abbrev": False},
+            parser_class=type("Parser", (Parser,), {"request": request}),
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=request.argv,
+        )
 
-    @classmethod
-    def subcommands(cls) -> dict[str, set[str]]:
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave parsers behind on the way to a spawned process: optimisers refer to us, but need nothing of us."""
+        return {}
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return only the verb at hand: each parser costs 0.1 s."""
         ours = {"weights_only", "verbose", "return_predictions", "ckpt_path"}
-        return {cls.verb: LightningCLI.subcommands()[cls.verb] | ours}
+        return {self.verb: LightningCLI.subcommands()[self.verb] | ours}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what `trackpl.arguments` made of the command line."""
@@ -149,13 +152,16 @@ class CLI(LightningCLI):
         given = given if isinstance(given, list) else [given]
         plugins = chosen.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        return super().instantiate_trainer(
-            logger=logger,
-            callbacks=[*given, *around],
-            plugins=[*plugins, runs.CheckpointFiles()],
-            default_root_dir=chosen.default_root_dir or str(self.folder),
-            **kwargs,
-        )
+        try:
+            return super().instantiate_trainer(
+                logger=logger or False,
+                callbacks=[*given, *around],
+                plugins=[*plugins, runs.CheckpointFiles()],
+                default_root_dir=chosen.default_root_dir or str(self.folder),
+                **kwargs,
+            )
+        except (ValueError, MisconfigurationException) as error:
+            raise Error(f"the trainer's options do not fit: {' '.join(str(error).split())}") from error
 
     def _loggers(self, config: dict[str, Any]) -> list[Any]:
         done = self.request.content.get("global_step") if self.verb == "fit" else None

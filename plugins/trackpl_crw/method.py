@@ -25,7 +25,7 @@ from trackpl import Clip, Flow, Info, Method
 from trackpl.errors import DataError, Error
 from trackpl_crw.pyramid import FeaturePyramid, embed_heads, image_pyramid
 from trackpl_crw.smoothness import smoothness
-from trackpl_crw.transition import Transition, coarse_to_fine, upsample
+from trackpl_crw.transition import Transition, coarse_to_fine, median_filter, upsample
 from trackpl_crw.walk import cycle_loss
 
 FINEST = 4  # stride of the finest level
@@ -52,6 +52,8 @@ class MultiscaleCRW(Method):
         tau: temperature of the transition softmax.
         padding_mode: border of the convolutions; ``reflect`` leaks less absolute position than ``zeros``.
         expected_flow: ``paper`` (Eq. 6) or ``exact``, where the walker lands on average.
+        median: odd side of a median filter on the flow between levels (Sun, Roth, Black 2010); 1, the paper, is none.
+        stay: by how much each squared node of distance lowers a logit, see `transition`; 0, the paper, is none.
         crw_weight: weight of the walk's loss.
         smooth_weight: weight of the smoothness loss.
         edge_constant: lambda of the smoothness loss.
@@ -81,6 +83,8 @@ class MultiscaleCRW(Method):
         tau: float = 0.07,
         padding_mode: Literal["zeros", "reflect"] = "zeros",
         expected_flow: Literal["paper", "exact"] = "paper",
+        median: int = 1,
+        stay: float = 0.0,
         crw_weight: float = 1.0,
         smooth_weight: float = 30.0,
         edge_constant: float = 150.0,
@@ -91,9 +95,10 @@ class MultiscaleCRW(Method):
         lr_scheduler: LRSchedulerCallable | None = _cyclic,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        if not 1 <= levels <= 5 or radius < 1 or tau <= 0:
+        if not 1 <= levels <= 5 or radius < 1 or tau <= 0 or median < 1 or median % 2 == 0:
             raise Error(
-                f"crw_multiscale needs levels in 1..5, radius >= 1 and tau > 0; got {levels}, {radius} and {tau}"
+                "crw_multiscale needs levels in 1..5, radius >= 1, tau > 0 and an odd median; "
+                f"got {levels}, {radius}, {tau} and {median}"
             )
         self.coarsest = FINEST << (levels - 1)  # stride
         if end_view_shift < 0 or end_view_shift % self.coarsest:
@@ -105,6 +110,7 @@ class MultiscaleCRW(Method):
         self.feature_pyramid_extractor = FeaturePyramid(levels, padding_mode)
         self.embed_heads = embed_heads(levels, embed_dim)
         self.radius, self.tau, self.expected_flow = radius, tau, expected_flow
+        self.median, self.stay = median, stay
         self.crw_weight, self.smooth_weight, self.edge_constant = crw_weight, smooth_weight, edge_constant
         self.starts, self.end_view_shift, self.resolution = starts, end_view_shift, resolution
 
@@ -137,7 +143,7 @@ class MultiscaleCRW(Method):
         home = slice(0, 1) if end_view is None else slice(k, k + 1)
         sources = [torch.cat([e[: k - 1], e[1:k]]).flatten(0, 1) for e in embedded]
         targets = [torch.cat([e[1:k], e[home], e[1 : k - 1]]).flatten(0, 1) for e in embedded]
-        steps = coarse_to_fine(sources, targets, self.radius, self.tau, self.expected_flow)
+        steps = self._match(sources, targets)
 
         start_images = torch.cat([frames[: k - 1], frames[1:k]]).flatten(0, 1)
         guides = image_pyramid(start_images, [(s.flow.shape[-2], s.flow.shape[-1]) for s in steps])
@@ -191,16 +197,14 @@ class MultiscaleCRW(Method):
         embedded = self._embed_frames(clip, used, size)
         flows = []
         for s, t in pairs:
-            steps = coarse_to_fine(
-                [e[:, where[s]] for e in embedded],
-                [e[:, where[t]] for e in embedded],
-                self.radius,
-                self.tau,
-                self.expected_flow,
-            )
-            flows.append(resize_flow(upsample(steps[-1].flow, FINEST), (h, w)))
+            steps = self._match([e[:, where[s]] for e in embedded], [e[:, where[t]] for e in embedded])
+            finest = median_filter(steps[-1].flow, self.median)
+            flows.append(resize_flow(upsample(finest, FINEST), (h, w)))
         xy = torch.stack(flows, 1) if flows else clip.video.new_zeros((b, 0, 2, h, w), dtype=torch.float32)
         return Flow(xy, tuple((int(s), int(t)) for s, t in pairs))
+
+    def _match(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Transition]:
+        return coarse_to_fine(sources, targets, self.radius, self.tau, self.expected_flow, self.median, self.stay)
 
     def _embed_frames(self, clip: Clip, frames: Sequence[int], size: tuple[int, int]) -> list[Tensor]:
         """Embed the named frames at the working size, one at a time: (B, n, d, h, w) a level."""

@@ -61,6 +61,14 @@ def upsample(flow: Tensor, factor: int) -> Tensor:
     return F.interpolate(flow, scale_factor=factor, mode="bilinear", align_corners=True) * factor
 
 
+def median_filter(flow: Tensor, side: int) -> Tensor:
+    """Take the median of each component over side x side nodes, so that a lone wrong match is not passed on."""
+    if side == 1:
+        return flow
+    padded = F.pad(flow, [side // 2] * 4, mode="replicate")
+    return padded.unfold(2, side, 1).unfold(3, side, 1).flatten(-2).median(-1).values
+
+
 def local_correlation(x: Tensor, y: Tensor, radius: int) -> Tensor:
     """Correlate every node with the window around it: out[p, k] = <x(p), y(p + offset k)>.
 
@@ -100,6 +108,7 @@ def transition(
     radius: int,
     tau: float,
     expected_flow: Literal["paper", "exact"] = "paper",
+    stay: float = 0.0,
 ) -> Transition:
     """Local transition of one level (Eqs. 4 to 6).
 
@@ -113,6 +122,8 @@ def transition(
         radius: window radius r.
         tau: temperature.
         expected_flow: ``paper``: f(p) + E[q - p] (Eq. 6); ``exact``: where the walker lands, E[q + f(q)] - p.
+        stay: by how much each squared node of distance lowers a logit. Where embeddings say nothing the walker then
+            keeps to the incoming flow; without it (0, the paper) it drifts to the middle of its window's even part.
     """
     flow = flow.detach()
     source, target = F.normalize(source, dim=1), F.normalize(warp(target, flow), dim=1)
@@ -125,8 +136,9 @@ def transition(
         torch.cat([F.pad(target, border), F.pad(mask, border, value=-1e30)], 1),
         radius,
     )
-    probability = logits.softmax(-1)
-    moved = probability @ offsets(radius, probability)
+    steps = offsets(radius, logits)
+    probability = (logits - stay * steps.square().sum(-1)).softmax(-1) if stay else logits.softmax(-1)
+    moved = probability @ steps
     if expected_flow == "exact":
         side = 2 * radius + 1
         near = F.pad(flow, [radius] * 4).unfold(2, side, 1).unfold(3, side, 1).flatten(-2)  # (B, 2, h, w, K)
@@ -146,6 +158,8 @@ def coarse_to_fine(
     radius: int,
     tau: float,
     expected_flow: Literal["paper", "exact"] = "paper",
+    median: int = 1,
+    stay: float = 0.0,
 ) -> list[Transition]:
     """Match two embedded pyramids, level by level; each level starts from the upsampled flow of the one above.
 
@@ -157,6 +171,8 @@ def coarse_to_fine(
         radius: window radius r.
         tau: temperature.
         expected_flow: see `transition`.
+        median: side of the median filter that the flow passes on its way to the next level; 1 is none.
+        stay: see `transition`.
 
     Returns:
         One `Transition` a level, coarse to fine.
@@ -165,9 +181,9 @@ def coarse_to_fine(
     out: list[Transition] = []
     for level, (s, t) in enumerate(zip(source, target, strict=True)):
         if level:
-            flow = upsample(out[-1].flow.detach(), 2)
+            flow = upsample(median_filter(out[-1].flow.detach(), median), 2)
         with torch.autocast(s.device.type, enabled=False):
-            out.append(transition(_full(s), _full(t), _full(flow), radius, tau, expected_flow))
+            out.append(transition(_full(s), _full(t), _full(flow), radius, tau, expected_flow, stay))
     return out
 
 
