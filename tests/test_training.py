@@ -304,7 +304,8 @@ def test_a_checkpoint_names_its_method_and_the_data_of_its_run(trackpl):
     done = trackpl("validate", "--ckpt_path", "best")
     assert done.status == 0, done.err
     (folder,) = Path("runs/tiny").glob("*-validate")
-    assert rows(folder)[0]["val/toy/videos"] == "2.0"
+    assert rows(folder)[0]["val/toy/videos"] == "2.0" and rows(folder)[0]["step"] == "8"
+    assert (folder / "media/step_0000008_videos.csv").is_file()
 
 
 class Foreign:

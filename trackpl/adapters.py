@@ -11,14 +11,15 @@ over occlusions; short ones survive large changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trackpl.errors import Error
-from trackpl.types import Clip, DenseTracks, Tracks
+from trackpl.types import Clip, DenseTracks, Flow, Tracks
 
 if TYPE_CHECKING:
     from trackpl.method import Method
@@ -53,10 +54,38 @@ def grid_queries(clip: Clip, n: int, frame: int = 0) -> Tensor:
 
 
 @torch.no_grad()
+def flow(method: Method, clip: Clip, pairs: Sequence[tuple[int, int]]) -> Flow:
+    """Make flow of a method that encodes frames and matches them; each frame is encoded once."""
+    if not method.has("match"):
+        raise Error(f"{type(method).__name__} gives no flow")
+    (h, w), b = clip.size, clip.video.shape[0]
+    pairs = tuple((int(s), int(t)) for s, t in pairs)
+    xy = _flow_of(method, clip)(list(pairs)) if pairs else torch.zeros(b, 0, 2, h, w, device=clip.video.device)
+    return Flow(xy, pairs)
+
+
+def _flow_of(method: Method, clip: Clip) -> FlowOf:
+    """Give the flow of any pairs of a clip, remembering as many encoded frames as the longest step spans."""
+    if not method.has("match"):
+        return lambda pairs: method.flow(clip, pairs).xy
+    encode = _encoder(method, lambda t: clip.video[:, t])
+    return lambda pairs: torch.stack([method.match(encode(s), encode(t), clip.size) for s, t in pairs], 1)
+
+
+def _encoder(method: Method, frame: Callable[[int], Tensor]) -> Callable[[int], Any]:
+    @lru_cache(maxsize=max(SPANS) + 1)
+    def encode(t: int) -> Any:
+        image = frame(t)
+        return method.encode(image.float() / 255 if image.dtype == torch.uint8 else image.float())
+
+    return encode
+
+
+@torch.no_grad()
 def track(method: Method, clip: Clip, queries: Tensor) -> Tracks:
     """Track points with a method that gives flow (or dense tracks)."""
     if method.has("flow"):
-        return follow(lambda pairs: method.flow(clip, pairs).xy, clip.frames, clip.size, queries)
+        return follow(_flow_of(method, clip), clip.frames, clip.size, queries)
     if method.has("track_dense"):
         return _read_dense(method, clip, queries)
     raise Error(f"{type(method).__name__} has neither `track` nor `flow` nor `track_dense`; a method needs one of them")
@@ -100,13 +129,7 @@ def track_video(
     device, (h, w) = method.device, video.size
     queries = queries.unsqueeze(0).to(device)
     if method.has("flow") and not method.has("track"):
-
-        def flow_of(pairs: list[tuple[int, int]]) -> Tensor:
-            used = sorted({t for pair in pairs for t in pair})
-            clip = Clip(video=video.read(used).unsqueeze(0).to(device))
-            return method.flow(clip, [(used.index(s), used.index(t)) for s, t in pairs]).xy
-
-        return follow(flow_of, video.frames, video.size, queries, progress).to("cpu")
+        return follow(_stream_flow(method, video), video.frames, video.size, queries, progress).to("cpu")
     if video.frames * h * w * 3 <= VIDEO_BYTES:
         clip = Clip(video=video.read(range(video.frames)).unsqueeze(0).to(device))
         tracks = method.track(clip, queries)
@@ -114,6 +137,20 @@ def track_video(
             progress(video.frames, video.frames)
         return tracks.to("cpu")
     return _track_windows(method, video, queries, window, progress)
+
+
+def _stream_flow(method: Method, video: Frames) -> FlowOf:
+    """Give the flow of any pairs of a video whose frames are decoded when they are needed."""
+    if method.has("match"):
+        encode = _encoder(method, lambda t: video.read([t]).to(method.device))
+        return lambda pairs: torch.stack([method.match(encode(s), encode(t), video.size) for s, t in pairs], 1)
+
+    def flow_of(pairs: list[tuple[int, int]]) -> Tensor:
+        used = sorted({t for pair in pairs for t in pair})
+        clip = Clip(video=video.read(used).unsqueeze(0).to(method.device))
+        return method.flow(clip, [(used.index(s), used.index(t)) for s, t in pairs]).xy
+
+    return flow_of
 
 
 def _track_windows(method: Method, video: Frames, queries: Tensor, window: int, progress: Progress | None) -> Tracks:

@@ -246,7 +246,7 @@ def _with_checkpoint(verb: str, request: Request, model: str | None, configured:
             f"not of {runs.short_name(model)} ({model}); give --model {runs.short_name(own)} or another checkpoint"
         )
     stored = {} if configured else request.content.get("trackpl", {}).get("config", {})
-    keys = ("trainer", "data", "seed_everything") if verb == "fit" else ("data",)
+    keys = [key for key in stored if key != "model"] if verb == "fit" else ["data"]
     content = {key: stored[key] for key in keys if key in stored}
     content["model"] = {"class_path": own, "init_args": options}
     return [*request.sources, _normal(f"checkpoint {request.checkpoint}", content)]

@@ -61,7 +61,7 @@ class Checkpoints(Checkpoint):
         mode: "max" or "min" as higher or lower is better; by default known from the metric's name, else "min".
     """
 
-    def __init__(self, every_n_steps: int = 500, monitor: str | None = None, mode: str | None = None) -> None:
+    def __init__(self, every_n_steps: int = 200, monitor: str | None = None, mode: str | None = None) -> None:
         self.every_n_steps, self.monitor, self.mode = every_n_steps, monitor, mode
         self.folder: Path | None = None
         self.best: float | None = None

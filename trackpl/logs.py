@@ -58,11 +58,12 @@ class CsvLogger(Logger):
     Args:
         folder: of the run; made when the first row comes.
         done: steps of the checkpoint that the run continues from; later rows are dropped, they will come again.
+        at: the number of steps to log under, for a run that takes none but scores a checkpoint.
     """
 
-    def __init__(self, folder: Path, done: int | None = None) -> None:
+    def __init__(self, folder: Path, done: int | None = None, at: int | None = None) -> None:
         super().__init__()
-        self.path, self.done = folder / "metrics.csv", done
+        self.path, self.done, self.at = folder / "metrics.csv", done, at
         self._columns: list[str] | None = None
 
     @property
@@ -87,7 +88,10 @@ class CsvLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append a row."""
-        row = {"step": (step or 0) + 1, **{k: float(v) for k, v in metrics.items() if k != "step"}}
+        row = {
+            "step": (step or 0) + 1 if self.at is None else self.at,
+            **{k: float(v) for k, v in metrics.items() if k != "step"},
+        }
         if "epoch" in row:
             row["epoch"] = int(row["epoch"])
         columns = self._open()
@@ -158,12 +162,22 @@ class WandbLogger(Logger):
         verb: fit, validate, test or predict: the type of job.
         config: merged config, logged once.
         mode: "online" or "offline".
+        at: the number of steps to log under, for a run that takes none but scores a checkpoint.
     """
 
-    def __init__(self, folder: Path, run: str, method: str, verb: str, config: dict[str, Any], mode: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        method: str,
+        verb: str,
+        config: dict[str, Any],
+        mode: str,
+        at: int | None = None,
+    ) -> None:
         super().__init__()
         self.folder, self.run, self.method = folder, run, method
-        self.verb, self.config, self.mode = verb, config, mode
+        self.verb, self.config, self.mode, self.at = verb, config, mode, at
         self._run: Any = None
         self._defined: set[str] = set()
         self._broken = False
@@ -233,7 +247,7 @@ class WandbLogger(Logger):
             if best := goal(key):
                 run.define_metric(key, step_metric="step", summary=best)
         self._defined |= metrics.keys()
-        run.log({**metrics, "step": (step or 0) + 1})
+        run.log({**metrics, "step": (step or 0) + 1 if self.at is None else self.at})
 
     @rank_zero_only
     def log_media(self, pictures: dict[str, Path], columns: Sequence[str], rows: list[list[Any]], step: int) -> None:

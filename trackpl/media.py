@@ -48,6 +48,7 @@ class Media(Callback):
     def __init__(self, clips: int = 4) -> None:
         self.clips = clips
         self.folder: Path | None = None
+        self.at: int | None = None  # the checkpoint's step, where none is taken
         self._seen: dict[str, Benchmark] = {}
 
     def on_validation_batch_end(
@@ -83,7 +84,7 @@ class Media(Callback):
         rows = _gather([{"benchmark": name, **row} for name, one in seen.items() for row in one.rows])
         if not trainer.is_global_zero or not seen:
             return
-        step, pictures = trainer.global_step, {}
+        step, pictures = trainer.global_step if self.at is None else self.at, {}
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, one in seen.items():
             for k, video in enumerate(one.worst):

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from trackpl import adapters
-from trackpl.errors import Error
+from trackpl.errors import DataError, Error
 from trackpl.metrics.flow import FlowMetrics
 from trackpl.metrics.tapvid import TapVid, first_queries
 from trackpl.types import Clip, DenseTracks, Flow, Tracks, check_queries
@@ -41,8 +41,8 @@ class Info:
 class Method(LightningModule):
     """Base of all methods.
 
-    A subclass sets `info` and `contract`, defines `losses` and at least one of `track`, `flow` and `track_dense`, and
-    may define `import_weights` and name the file of its shipped weights in `weights`.
+    A subclass sets `info` and `contract`, defines `losses` and at least one of `track`, `flow` (or `encode` and `match`)
+    and `track_dense`, and may define `import_weights` and name the file of its shipped weights in `weights`.
 
     Args:
         optimizer: makes the optimiser from the parameters, as ``{class_path, init_args}`` in a config.
@@ -85,9 +85,27 @@ class Method(LightningModule):
         check_queries(clip, queries)
         return adapters.track(self, clip, queries)
 
+    def encode(self, images: Tensor) -> Any:
+        """Compute once a frame what `match` needs of it, from images (B, 3, H, W) in [0, 1]."""
+        raise Error(f"{type(self).__name__} does not encode frames one by one")
+
+    def match(self, source: Any, target: Any, size: tuple[int, int]) -> Tensor:
+        """Return the flow (B, 2, H, W) between two encoded frames of the given size."""
+        raise Error(f"{type(self).__name__} does not match frames")
+
     def flow(self, clip: Clip, pairs: Sequence[tuple[int, int]]) -> Flow:
-        """Return the displacement of every pixel of frame s to frame t for each pair (s, t)."""
-        raise Error(f"{type(self).__name__} gives no flow")
+        """Return the displacement of every pixel of frame s to frame t for each pair (s, t).
+
+        A method defines `flow` itself, or `encode` and `match`, of which the platform makes it and which let it encode
+        each frame of a long video only once.
+
+        Raises:
+            DataError: a pair outside the clip.
+        """
+        bad = [p for p in pairs if min(p) < 0 or max(p) >= clip.frames]
+        if bad:
+            raise DataError(f"flow pair {bad[0]} is outside the clip of {clip.frames} frames")
+        return adapters.flow(self, clip, pairs)
 
     def track_dense(self, clip: Clip, source: int = 0) -> DenseTracks:
         """Track every pixel of the frame `source` through a clip."""
@@ -98,8 +116,12 @@ class Method(LightningModule):
         return state
 
     def has(self, capability: str) -> bool:
-        """Whether `capability` ("track", "flow", "track_dense") is native and not adapted by the platform."""
-        return getattr(type(self), capability) is not getattr(Method, capability)
+        """Whether `capability` ("track", "flow", "match", "track_dense") is native and not made of another one.
+
+        Encoding and matching frames counts as giving flow.
+        """
+        own = getattr(type(self), capability) is not getattr(Method, capability)
+        return own or (capability == "flow" and self.has("match"))
 
     # What the platform does ----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ def announce(verb: str, method: str, model: LightningModule, trainer: Trainer, f
     size = sum(p.numel() for p in model.parameters())
     count = f"{size / 1e6:.3g} M" if size >= 1e5 else f"{size}"
     device = f"{trainer.world_size} x {trainer.strategy.root_device.type}"
-    text = f"trackpl {verb}: {method}, {count} parameters, {device}, {folder}"
+    text = f"trackpl {verb}: {method}, {count} parameters, {device}, {_relative(folder)}"
     if request.checkpoint:
         step = request.content.get("global_step")
         text += f", {'resumes' if verb == 'fit' else 'with'} {request.checkpoint} (step {step})"

@@ -140,6 +140,7 @@ class CLI(LightningCLI):
         if not chosen.fast_dev_run:
             around.append(RunFolder(self.folder, self.run_id, config))
             made.media.folder = self.folder / "media"
+            made.media.at = None if self.verb == "fit" else self.request.content.get("global_step", 0)
             around.append(made.media)
             if self.verb == "predict":
                 around.append(Predictions(self.folder / "predictions"))
@@ -164,10 +165,11 @@ class CLI(LightningCLI):
             raise Error(f"the trainer's options do not fit: {' '.join(str(error).split())}") from error
 
     def _loggers(self, config: dict[str, Any]) -> list[Any]:
-        done = self.request.content.get("global_step") if self.verb == "fit" else None
-        loggers: list[Any] = [logs.CsvLogger(self.folder, done)]
+        done = self.request.content.get("global_step")
+        at = None if self.verb == "fit" else done or 0
+        loggers: list[Any] = [logs.CsvLogger(self.folder, done, at)]
         if (mode := logs.wandb_mode()) != "disabled":
-            loggers.append(logs.WandbLogger(self.folder, self.run_id, self.method, self.verb, config, mode))
+            loggers.append(logs.WandbLogger(self.folder, self.run_id, self.method, self.verb, config, mode, at))
         return loggers
 
     def fit(self, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from trackpl import Clip, Flow, Info, Method
+from trackpl import Clip, Info, Method
 from trackpl.errors import DataError, Error
 from trackpl_crw.pyramid import FeaturePyramid, embed_heads, image_pyramid
 from trackpl_crw.smoothness import smoothness
@@ -177,45 +177,21 @@ class MultiscaleCRW(Method):
     # 3.1.2: optical flow as the walk's expectation ----------------------------------------------------------------
 
     @torch.no_grad()
-    def flow(self, clip: Clip, pairs: Sequence[tuple[int, int]]) -> Flow:
-        """Give the expected displacement of every pixel from frame s to frame t, for each pair (s, t).
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Embed frames (B, 3, H, W) resized to `resolution` and to multiples of the coarsest stride."""
+        size = working_size(images.shape[-2], images.shape[-1], self.resolution, self.coarsest)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+        return self.embed(images)
 
-        Frames are resized to `resolution` and to multiples of the coarsest stride, and the flow back again. `Flow.visible` is not
-        estimated: the non-parametric walk has no notion of occlusion (paper, 3.2).
-
-        Raises:
-            DataError: a pair outside the clip.
-        """
-        bad = [p for p in pairs if min(p) < 0 or max(p) >= clip.frames]
-        if bad:
-            raise DataError(f"flow pair {bad[0]} is outside the clip of {clip.frames} frames")
-        h, w = clip.size
-        size = working_size(h, w, self.resolution, self.coarsest)
-        used = sorted({t for pair in pairs for t in pair})
-        where = {t: i for i, t in enumerate(used)}
-        b = clip.video.shape[0]
-        embedded = self._embed_frames(clip, used, size)
-        flows = []
-        for s, t in pairs:
-            steps = self._match([e[:, where[s]] for e in embedded], [e[:, where[t]] for e in embedded])
-            finest = median_filter(steps[-1].flow, self.median)
-            flows.append(resize_flow(upsample(finest, FINEST), (h, w)))
-        xy = torch.stack(flows, 1) if flows else clip.video.new_zeros((b, 0, 2, h, w), dtype=torch.float32)
-        return Flow(xy, tuple((int(s), int(t)) for s, t in pairs))
+    @torch.no_grad()
+    def match(self, source: list[Tensor], target: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Give the expected displacement of every pixel (B, 2, H, W); the walk has no notion of occlusion (3.2)."""
+        finest = median_filter(self._match(source, target)[-1].flow, self.median)
+        return resize_flow(upsample(finest, FINEST), size)
 
     def _match(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Transition]:
         return coarse_to_fine(sources, targets, self.radius, self.tau, self.expected_flow, self.median, self.stay)
-
-    def _embed_frames(self, clip: Clip, frames: Sequence[int], size: tuple[int, int]) -> list[Tensor]:
-        """Embed the named frames at the working size, one at a time: (B, n, d, h, w) a level."""
-        levels = []
-        for t in frames:
-            image = clip.video[:, t]
-            image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
-            if image.shape[-2:] != size:
-                image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
-            levels.append(self.embed(image))
-        return [torch.stack(level, 1) for level in zip(*levels, strict=True)]
 
 
 def _hops(step: Transition, hops: int) -> tuple[list[Transition], list[Transition]]:
