@@ -74,9 +74,7 @@ def test_every_figure_of_ptlflow_is_its():
             ours = kind if region == "all" and kind != "Fl" else f"{kind}_{region}"
             mean = torch.cat([scores[ours] for scores in per_image]).mean()
             expected = unit * arrays[f"epoch_mean__{theirs}{suffix}"]
-            torch.testing.assert_close(
-                mean, expected.double(), rtol=0, atol=atol, msg=f"{ours} {mean} {expected}"
-            )
+            torch.testing.assert_close(mean, expected.double(), rtol=0, atol=atol, msg=f"{ours} {mean} {expected}")
 
 
 def test_reported_averages_over_images_are_ptlflows():

@@ -58,9 +58,7 @@ def inputs(arrays):
 def assert_equal(scores, arrays, prefix, figures=FIGURES, scale=1.0):
     for figure in figures:
         expected = scale * arrays[prefix + REFERENCE_NAMES.get(figure, figure)]
-        np.testing.assert_allclose(
-            scores[figure].numpy(), expected, rtol=0, atol=1e-9 * scale, err_msg=figure
-        )
+        np.testing.assert_allclose(scores[figure].numpy(), expected, rtol=0, atol=1e-9 * scale, err_msg=figure)
 
 
 def example(seed, b=2, t=8, n=6, size=(256, 256)):
@@ -141,9 +139,7 @@ def test_query_samplers_are_the_references():
     for queried, key in (("first", "first__"), ("strided", "strided__")):
         queries, index = sample_queries(tracks, visible, queried, stride=int(arrays["stride"]))
         np.testing.assert_allclose(queries[:, [0, 2, 1]], arrays[key + "query_points"][0], atol=1e-4)
-        np.testing.assert_allclose(
-            tracks[:, index].transpose(0, 1), arrays[key + "target_points"][0], atol=1e-4
-        )
+        np.testing.assert_allclose(tracks[:, index].transpose(0, 1), arrays[key + "target_points"][0], atol=1e-4)
         np.testing.assert_array_equal(~visible[:, index].T, arrays[key + "occluded"][0])
     np.testing.assert_array_equal(index, arrays["strided__trackgroup"][0])
 
@@ -203,9 +199,7 @@ def test_a_perfect_prediction_scores_100_and_its_opposite_0(seed, queried):
 @given(seeds, st.permutations(range(6)), st.sampled_from(["first", "strided"]))
 def test_the_order_of_points_changes_nothing(seed, order, queried):
     case = example(seed)
-    mixed = {
-        k: v if k == "size" else v[:, order] if k == "queries" else v[:, :, order] for k, v in case.items()
-    }
+    mixed = {k: v if k == "size" else v[:, order] if k == "queries" else v[:, :, order] for k, v in case.items()}
     assert_same(result(mixed, queried=queried), result(case, queried=queried))
 
 
@@ -267,9 +261,7 @@ def test_update_clip_gives_a_row_for_each_video_whose_mean_is_the_result():
     for figure in FIGURES:
         assert abs(np.mean([r[figure] for r in rows]) - out[figure]) < 1e-9
     assert_same(out, result(case))
-    unnamed = metric.update_clip(
-        clip_of(case), case["queries"], Tracks(case["pred_tracks"], case["pred_visible"])
-    )
+    unnamed = metric.update_clip(clip_of(case), case["queries"], Tracks(case["pred_tracks"], case["pred_visible"]))
     assert [r["name"] for r in unnamed] == ["video 3", "video 4", "video 5"]
 
 
@@ -353,9 +345,7 @@ def test_half_precision_predictions_are_scored():
 
 def test_what_does_not_belong_together_is_refused():
     case = example(10)
-    with pytest.raises(
-        DataError, match=r"predicted tracks must have shape \(2, 8, 6, 2\), got \(2, 8, 1, 2\)"
-    ):
+    with pytest.raises(DataError, match=r"predicted tracks must have shape \(2, 8, 6, 2\), got \(2, 8, 1, 2\)"):
         result(case | {"pred_tracks": case["pred_tracks"][:, :, :1]})
     with pytest.raises(DataError, match="no TAP-Vid protocol 'strides'; did you mean 'strided'"):
         TapVid("strides")

@@ -10,6 +10,7 @@ over occlusions; short ones survive large changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -265,20 +266,28 @@ def _reach(
         flows[s] = (both[:, i], both[:, len(order) + i])
 
     best = torch.full_like(error[:, t], float("inf"))
-    for s, (there, back) in flows.items():
+    nearest, trusted = xy[:, t], torch.zeros_like(alive)
+    for s, (there, back) in flows.items():  # the shortest step first
         step = sample(there, xy[:, s])
         place = xy[:, s] + step
         returned = sample(back, place)
         gap = (step + returned).norm(dim=-1)
         # Where the frame shows nothing to return from, or the step started unseen, little can be believed.
         cost = error[:, s] + gap + OCCLUDED * (1 - visible[:, s])
-        better = (cost < best) & alive & ((born - s) * direction <= 0)
+        # A long step corrects drift; one that leaves a good short step far behind has met a lookalike.
+        stray = trusted & ((place - nearest).norm(dim=-1) > STRAY * math.hypot(*size))
+        better = (cost < best) & alive & ((born - s) * direction <= 0) & ~stray
         best = torch.where(better, cost, best)
         xy[:, t] = torch.where(better[..., None], place, xy[:, t])
         seen = _consistent(gap, step, returned) * _in_frame(place, size)
+        if s == order[0]:
+            nearest, trusted = place, (seen > 0.5) & (visible[:, s] > 0.5)
         visible[:, t] = torch.where(better, seen, visible[:, t])
         error[:, t] = torch.where(better, error[:, s] + gap, error[:, t])
 
+
+STRAY = 0.02
+"""Share of the frame's diagonal by which a long step may differ from a consistent step of one frame."""
 
 OCCLUDED = 4.0
 """Pixels by which a step from a hidden point must be more consistent than one from a visible point."""

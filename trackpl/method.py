@@ -41,8 +41,8 @@ class Info:
 class Method(LightningModule):
     """Base of all methods.
 
-    A subclass sets `info` and `contract`, defines `losses` and at least one of `track`, `flow` (or `encode` and `match`)
-    and `track_dense`, and may define `import_weights` and name the file of its shipped weights in `weights`.
+    A subclass sets `info` and `contract`, defines `losses` and at least one of `track`, `flow` (or `encode` and
+    `match`) and `track_dense`, and may define `import_weights` and name the file of its shipped weights in `weights`.
 
     Args:
         optimizer: makes the optimiser from the parameters, as ``{class_path, init_args}`` in a config.
@@ -140,8 +140,8 @@ class Method(LightningModule):
         losses = self.losses(clip)
         total = torch.stack(list(losses.values())).sum()
         size = clip.video.shape[0]
-        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=size)
-        self.log("train/loss", total.detach(), prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=size, sync_dist=True)
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=size, sync_dist=True)
         return total
 
     def validation_step(self, clip: Clip, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

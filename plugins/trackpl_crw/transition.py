@@ -49,6 +49,11 @@ def warp(values: Tensor, flow: Tensor) -> Tensor:
     return F.grid_sample(values, place / scale * 2 - 1, padding_mode="border", align_corners=True)
 
 
+def unit(x: Tensor) -> Tensor:
+    """Scale each node's vector to length 1 (a sum over channels, several times faster than a vector norm there)."""
+    return x * x.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
+
+
 def inside(flow: Tensor) -> Tensor:
     """Whether p + flow(p) lies in [0, w-1] x [0, h-1]; (B, 2, h, w) to bool (B, h, w)."""
     h, w = flow.shape[-2:]
@@ -126,7 +131,7 @@ def transition(
             keeps to the incoming flow; without it (0, the paper) it drifts to the middle of its window's even part.
     """
     flow = flow.detach()
-    source, target = F.normalize(source, dim=1), F.normalize(warp(target, flow), dim=1)
+    source, target = unit(source), unit(warp(target, flow))
     # One more channel carries the mask: its product with 1 is added to every logit. Logits lie in +-1/tau, so
     # 2/tau + 120 below them is as good as nothing beside an allowed column, yet leaves the order of a row of them.
     mask = (~inside(flow)).unsqueeze(1).to(target.dtype) * -(2 / tau + 120)

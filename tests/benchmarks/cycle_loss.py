@@ -78,11 +78,13 @@ def seconds(functions, runs):
 
 
 def peak(k, h, w):
-    """Megabytes that one step adds to a process, measured in a process of its own."""
+    """Megabytes that one step adds to a process, measured in a process of its own (Linux)."""
     code = (
-        "import resource, sys, torch; sys.path.insert(0, sys.argv[1]); import cycle_loss as c; torch.set_num_threads(1)\n"
-        "a = [int(x) for x in sys.argv[2:]]; m = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "c.step(*c.clip(a[0], 16, 16)); e = c.clip(*a); before = m(); c.step(*e); print((m() - before) // 1024)"
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import cycle_loss as c; torch.set_num_threads(1)\n"
+        "a = [int(x) for x in sys.argv[2:]]; c.step(*c.clip(a[0], 16, 16)); e = c.clip(*a)\n"
+        "read = lambda k: int(next(x for x in open('/proc/self/status') if x.startswith(k)).split()[1])\n"
+        "before = read('VmRSS'); open('/proc/self/clear_refs', 'w').write('5'); c.step(*e)\n"
+        "print((read('VmHWM') - before) // 1024)"
     )
     args = [sys.executable, "-c", code, __file__.rpartition("/")[0] or ".", *map(str, (k, h, w))]
     return int(subprocess.run(args, check=True, capture_output=True, text=True).stdout)

@@ -72,9 +72,7 @@ def flow_sums(
     )  # (n, kinds, H, W)
     valid = torch.ones_like(error, dtype=torch.bool) if valid is None else valid
     nowhere = torch.zeros_like(valid)
-    regions = (
-        (valid, nowhere, nowhere) if visible is None else (valid, valid & visible, valid & ~visible)
-    )  # as REGIONS
+    regions = (valid, nowhere, nowhere) if visible is None else (valid, valid & visible, valid & ~visible)  # as REGIONS
     # Chosen and not multiplied by the mask: truth may be NaN where it is not valid.
     sums = [torch.where(region[:, None], pixels, 0.0).sum((2, 3)) for region in regions]
     counts = [region.sum((1, 2))[:, None].expand(-1, len(_KINDS)) for region in regions]
@@ -112,9 +110,7 @@ class FlowMetrics(Metric):
             self.add_state(name, torch.zeros(len(FIGURES), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(
-        self, pred: Tensor, truth: Tensor, visible: Tensor | None = None, valid: Tensor | None = None
-    ) -> None:
+    def update(self, pred: Tensor, truth: Tensor, visible: Tensor | None = None, valid: Tensor | None = None) -> None:
         """Add a batch; every frame pair is an image pair of its own.
 
         Args:
@@ -137,9 +133,7 @@ class FlowMetrics(Metric):
             if mask is not None and mask.shape != shape:
                 raise DataError(f"`{name}` of a flow must have shape {shape}, got {tuple(mask.shape)}")
             masks.append(None if mask is None else mask.to(self.device).bool().flatten(0, -3))
-        sums, counts = flow_sums(
-            pred.to(self.device).flatten(0, -4), truth.to(self.device).flatten(0, -4), *masks
-        )
+        sums, counts = flow_sums(pred.to(self.device).flatten(0, -4), truth.to(self.device).flatten(0, -4), *masks)
         # Only images without a pixel in the region are left out; a prediction that is NaN must show.
         self.mean_total = self.mean_total + torch.where(counts > 0, sums / counts, 0.0).sum(0)
         self.defined = self.defined + (counts > 0).sum(0)

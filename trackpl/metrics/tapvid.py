@@ -86,9 +86,7 @@ def sample_queries(
     _check_protocol(queried)
     one = tracks[None], visible[None]
     queries = (first_queries(*one) if queried == "first" else strided_queries(*one, stride=stride))[0]
-    index = torch.arange(visible.shape[1], device=visible.device).repeat(
-        len(queries) // max(visible.shape[1], 1)
-    )
+    index = torch.arange(visible.shape[1], device=visible.device).repeat(len(queries) // max(visible.shape[1], 1))
     keep = visible[queries[:, 0].long(), index]
     return queries[keep], index[keep]
 
@@ -262,10 +260,7 @@ class TapVid(Metric):
         first = int(self.videos) - b
         names = clip.name or [f"video {first + i}" for i in range(b)]
         values = (100 * self._latest).tolist()
-        return [
-            {"name": name} | dict(zip(FIGURES, row, strict=True))
-            for name, row in zip(names, values, strict=True)
-        ]
+        return [{"name": name} | dict(zip(FIGURES, row, strict=True)) for name, row in zip(names, values, strict=True)]
 
     def compute(self) -> dict[str, Tensor]:
         """Return the `FIGURES` times 100, the number of `videos` and of undefined figures, `nan_entries`."""
