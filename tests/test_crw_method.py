@@ -97,5 +97,5 @@ def test_bad_clips_are_refused():
         method.losses(moving_clip(2, (64, 70)))
     with pytest.raises(DataError, match="outside the clip of 2 frames"):
         method.flow(moving_clip(2, (64, 64)), [(0, 2)])
-    with pytest.raises(DataError, match="query 1 .* is outside the clip"):
+    with pytest.raises(DataError, match=r"query 1 .* is outside the clip"):
         method.track(moving_clip(2, (64, 64)), torch.tensor([[[0, 1.0, 1.0], [0, 65.0, 1.0]]]))

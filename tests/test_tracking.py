@@ -10,7 +10,8 @@ from trackpl import tracking
 from trackpl.cli import main
 from trackpl.errors import CheckpointError
 from trackpl.types import Tracks
-from trackpl.video import open_video, write_video
+from trackpl.video import open_video
+from trackpl.writing import write_video
 
 FRAMES, H, W = 9, 48, 64
 

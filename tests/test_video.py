@@ -12,7 +12,8 @@ from PIL import Image
 
 from trackpl import video
 from trackpl.errors import VideoError
-from trackpl.video import open_video, write_video
+from trackpl.video import open_video
+from trackpl.writing import write_video
 
 SHARED = Path(__file__).parents[2] / "shared" / "videos"
 

@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trackpl.errors import Error
     from trackpl.checkpoints import load
+    from trackpl.errors import Error
     from trackpl.method import Info, Method
     from trackpl.types import Camera, Clip, DenseTracks, Flow, Tracks
 

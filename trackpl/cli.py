@@ -1,15 +1,14 @@
 """The `trackpl` command: dispatch on the first word, so that cheap verbs answer without importing torch."""
 
-import argparse
 import os
 import select
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 from trackpl import __version__
 from trackpl.errors import Error, PluginError, closest
 from trackpl.plugins import Plugin, plugins
+from trackpl.usage import Parser
 
 HELP = """\
 usage: trackpl VERB [options]          trackpl VERB --help shows the options of a verb
@@ -28,17 +27,6 @@ usage: trackpl VERB [options]          trackpl VERB --help shows the options of 
 
 methods: {methods}
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as one line, like every other error of the user."""
-
-    def __init__(self, verb: str, description: str) -> None:
-        super().__init__(prog=f"trackpl {verb}", description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message instead of printing it under a page of usage."""
-        raise Error(f"{message}; see {self.prog} --help")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trackpl.errors import DataError
-from trackpl.video import replacing
+from trackpl.writing import replacing
 
 TAIL = 10
 """Frames that a point's tail reaches back."""

@@ -216,11 +216,12 @@ def check_overfit(make: Make, clip: Clip, steps: int = 20) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert values[-1] < values[0], f"{steps} steps on one clip raise its loss from {values[0]:.4g} to {values[-1]:.4g}"
+    raised = f"{steps} steps on one clip raise its loss from {values[0]:.4g} to {values[-1]:.4g}"
+    assert values[-1] < values[0], raised
 
 
 def check_mirror(method: Method, tolerance: float = 1.0) -> None:
-    """Check that, with its shipped weights, a mirrored video gives mirrored tracks, within `tolerance` pixels for most points."""
+    """Check that, with shipped weights, a mirrored video gives mirrored tracks to `tolerance` pixels, in the median."""
     clip = moving_clip(4, (128, 160), points=32)
     queries = _queries(clip)
     tracks = method.track(clip, queries)

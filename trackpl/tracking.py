@@ -18,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trackpl import draw
-from trackpl.cli import Parser
 from trackpl.errors import DataError, Error, closest
 from trackpl.types import Tracks
-from trackpl.video import VideoReader, open_video, replacing, write_video
+from trackpl.usage import Parser
+from trackpl.video import VideoReader, open_video
+from trackpl.writing import replacing, write_video
 
 GRID = 20
 OUTPUTS = ("tracks.npz", "tracks.csv", "tracks.mp4", "tracks.png")

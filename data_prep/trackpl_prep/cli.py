@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from trackpl.errors import DataError, Error, closest
+from trackpl.usage import Parser
 
 _HELP = """\
 usage: trackpl data make NAME OUT [options]     make a data set as shards in the folder OUT
@@ -16,14 +16,6 @@ usage: trackpl data make NAME OUT [options]     make a data set as shards in the
   make synthetic   clips rendered here, with exact truth; needs no downloads
 """
 SETS = {"synthetic": "clips rendered here, with exact tracks, visibility, flow, depth and segmentation"}
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message instead of printing it under a page of usage."""
-        raise Error(f"{message}; see {self.prog} --help")
 
 
 def run(args: list[str]) -> int:
@@ -67,12 +59,11 @@ def _make(args: list[str]) -> int:
     return 0
 
 
-def _parser() -> _Parser:
+def _parser() -> Parser:
     """Build the parser of `trackpl data make synthetic`."""
-    parser = _Parser(
-        prog="trackpl data make synthetic",
-        description="Render clips with exact truth into shards. The same options give the same bytes.",
-        allow_abbrev=False,
+    parser = Parser(
+        "data make synthetic",
+        "Render clips with exact truth into shards. The same options give the same bytes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards and their index")
@@ -91,7 +82,7 @@ def _parser() -> _Parser:
 
 def _list(args: list[str]) -> int:
     """Run `trackpl data list`."""
-    _Parser(prog="trackpl data list", allow_abbrev=False, description="List data sets.").parse_args(args)
+    Parser("data list", "List data sets.").parse_args(args)
     from trackpl_prep import synthetic
 
     for name, text in SETS.items():
