@@ -82,7 +82,15 @@ def test_working_size():
 
 
 @pytest.mark.parametrize(
-    "options", [{"radius": 0}, {"tau": 0.0}, {"levels": 6}, {"levels": 3, "end_view_shift": 8}, {"end_view_shift": -64}]
+    "options",
+    [
+        {"radius": 0},
+        {"tau": 0.0},
+        {"levels": 6},
+        {"median": 4},
+        {"levels": 3, "end_view_shift": 8},
+        {"end_view_shift": -64},
+    ],
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(Error, match="crw_multiscale needs"):

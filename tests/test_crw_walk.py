@@ -10,7 +10,7 @@ from golden.crw import dense_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trackpl_crw.smoothness import smoothness
-from trackpl_crw.transition import Transition, coarse_to_fine, local_correlation, transition
+from trackpl_crw.transition import Transition, coarse_to_fine, local_correlation, median_filter, transition
 from trackpl_crw.walk import cycle_loss, path_inside, return_of_pair, returns_of_walk, transpose
 
 GOLDEN = Path(__file__).parent / "golden" / "crw"
@@ -183,3 +183,20 @@ def test_flow_is_a_constant_of_the_next_level():
     assert all(isinstance(s, Transition) and not s.flow_in.requires_grad for s in steps)
     steps[-1].flow.sum().backward()
     assert pyramid[0].grad is None and pyramid[2].grad is not None
+
+
+def test_median_filter_is_that_of_rows_then_columns():
+    flow = torch.randn(2, 2, 9, 12, generator=torch.Generator().manual_seed(0))
+    want = F.pad(flow, [2] * 4, mode="replicate").unfold(3, 5, 1).median(-1).values.unfold(2, 5, 1).median(-1).values
+    assert torch.equal(median_filter(flow, 5), want)
+    assert torch.equal(median_filter(flow, 1), flow)
+    lone = torch.zeros(1, 2, 8, 8)
+    lone[0, :, 3, 4] = 50
+    assert median_filter(lone, 5).abs().max() == 0
+
+
+def test_staying_keeps_even_regions_where_the_flow_is():
+    flat = torch.ones(1, 4, 12, 12)
+    flow = torch.zeros(1, 2, 12, 12)
+    drift = transition(flat, flat, flow, 5, 0.07).flow.abs().max()
+    assert drift > 2 > transition(flat, flat, flow, 5, 0.07, stay=0.5).flow.abs().max()

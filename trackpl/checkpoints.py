@@ -124,5 +124,7 @@ def _shipped(cls: type[Method], name: str) -> Path:
 
 def _reason(error: Exception) -> str:
     """Return the first line of an error, without the advice of libraries to load files unsafely."""
+    if not isinstance(error, RuntimeError | pickle.UnpicklingError | SafetensorError):
+        return "it is not in a format of torch's"
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return "it holds more than tensors" if "weights_only" in text or "Unsupported" in text else text[:120]
+    return "it holds more than tensors" if "weights_only" in text.lower() or "Unsupported" in text else text[:120]

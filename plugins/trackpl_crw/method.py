@@ -52,7 +52,8 @@ class MultiscaleCRW(Method):
         tau: temperature of the transition softmax.
         padding_mode: border of the convolutions; ``reflect`` leaks less absolute position than ``zeros``.
         expected_flow: ``paper`` (Eq. 6) or ``exact``, where the walker lands on average.
-        median: odd side of a median filter on the flow between levels (Sun, Roth, Black 2010); 1, the paper, is none.
+        median: side of the median filter on the flow between levels (as in Sun, Roth, Black 2010): 5, or 1 for none, as
+            in the paper.
         stay: by how much each squared node of distance lowers a logit, see `transition`; 0, the paper, is none.
         crw_weight: weight of the walk's loss.
         smooth_weight: weight of the smoothness loss.
@@ -83,7 +84,7 @@ class MultiscaleCRW(Method):
         tau: float = 0.07,
         padding_mode: Literal["zeros", "reflect"] = "zeros",
         expected_flow: Literal["paper", "exact"] = "paper",
-        median: int = 1,
+        median: Literal[1, 5] = 1,
         stay: float = 0.0,
         crw_weight: float = 1.0,
         smooth_weight: float = 30.0,
@@ -95,9 +96,9 @@ class MultiscaleCRW(Method):
         lr_scheduler: LRSchedulerCallable | None = _cyclic,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        if not 1 <= levels <= 5 or radius < 1 or tau <= 0 or median < 1 or median % 2 == 0:
+        if not 1 <= levels <= 5 or radius < 1 or tau <= 0 or median not in (1, 5):
             raise Error(
-                "crw_multiscale needs levels in 1..5, radius >= 1, tau > 0 and an odd median; "
+                "crw_multiscale needs levels in 1..5, radius >= 1, tau > 0 and median 1 or 5; "
                 f"got {levels}, {radius}, {tau} and {median}"
             )
         self.coarsest = FINEST << (levels - 1)  # stride

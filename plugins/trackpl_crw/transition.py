@@ -67,11 +67,22 @@ def upsample(flow: Tensor, factor: int) -> Tensor:
 
 
 def median_filter(flow: Tensor, side: int) -> Tensor:
-    """Take the median of each component over side x side nodes, so that a lone wrong match is not passed on."""
+    """Take the median of each component over a row of five nodes, then over a column: no lone wrong match is passed on.
+
+    Ten vectorised minima and maxima instead of sorting; a 5 x 5 median took half the time of matching.
+    """
     if side == 1:
         return flow
-    padded = F.pad(flow, [side // 2] * 4, mode="replicate")
-    return padded.unfold(2, side, 1).unfold(3, side, 1).flatten(-2).median(-1).values
+    h, w = flow.shape[-2:]
+    padded = F.pad(flow, [2] * 4, mode="replicate")
+    rows = _median_of_five(*(padded[..., i : i + w] for i in range(5)))
+    return _median_of_five(*(rows[..., i : i + h, :] for i in range(5)))
+
+
+def _median_of_five(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor) -> Tensor:
+    low = torch.maximum(torch.minimum(a, b), torch.minimum(c, d))
+    high = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+    return torch.maximum(torch.minimum(low, high), torch.minimum(torch.maximum(low, high), e))
 
 
 def local_correlation(x: Tensor, y: Tensor, radius: int) -> Tensor:
@@ -176,7 +187,7 @@ def coarse_to_fine(
         radius: window radius r.
         tau: temperature.
         expected_flow: see `transition`.
-        median: side of the median filter that the flow passes on its way to the next level; 1 is none.
+        median: side of the median filter that the flow passes on its way to the next level: 5, or 1 for none.
         stay: see `transition`.
 
     Returns:
