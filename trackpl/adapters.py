@@ -25,7 +25,7 @@ from trackpl.types import Clip, DenseTracks, Flow, Tracks
 if TYPE_CHECKING:
     from trackpl.method import Method
 
-SPANS = (1, 2, 4, 8, 16, 32)
+SPANS = (1, 3, 9, 27)
 """Lengths in frames of the steps that tracks from flow try: powers, so that few steps reach any frame."""
 
 VIDEO_BYTES = 1 << 30
