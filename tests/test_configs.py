@@ -32,11 +32,9 @@ def trackpl(*args, cwd):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_trains_validates_and_its_checkpoint_tracks(name, shards, tmp_path):
-    fit = trackpl(
-        "fit", "--config", name, "--config", "hardware/cpu", "--data.train", shards,
-        "--data.val", f"{{tiny: {shards}}}", "--data.steps_per_epoch", 2, "--data.workers", 0, "--trainer.max_epochs", 1, "--trainer.logger", "false",
-        cwd=tmp_path,
-    )  # fmt: skip
+    options = f"--data.train {shards} --data.steps_per_epoch 2 --data.workers 0 --trainer.max_epochs 1".split()
+    options += ["--data.val", f"{{tiny: {shards}}}", "--trainer.logger", "false"]
+    fit = trackpl("fit", "--config", name, "--config", "hardware/cpu", *options, cwd=tmp_path)
     assert fit.returncode == 0, fit.stderr
     (run,) = (tmp_path / "runs").glob("*/*")
     assert (run / "config.yaml").is_file() and list((run / "media").glob("*.png"))
