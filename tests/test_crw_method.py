@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from golden.fill import fill_
+from lightning import Trainer
+from torch.utils.data import DataLoader
 from trackpl_crw.method import MultiscaleCRW, working_size
 
 import trackpl
@@ -49,6 +51,37 @@ def test_every_level_of_every_cycle_length_is_trained():
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in method.parameters())
 
 
+def test_the_curriculum_takes_so_many_frames():
+    clip = moving_clip(4, (64, 64))
+    three = MultiscaleCRW(levels=2, curriculum={0: 3})
+    plain = MultiscaleCRW(levels=2)
+    plain.load_state_dict(three.state_dict())
+    first = clip.map(lambda x: x[:, :3])
+    for key, value in plain.losses(first).items():
+        assert torch.allclose(three.losses(clip)[key], value)
+    with pytest.raises(DataError, match="asks for 3 frames at step 0"):
+        three.losses(moving_clip(2, (64, 64)))
+
+
+def test_at_a_switch_of_the_curriculum_optimiser_and_rate_begin_anew(tmp_path):
+    seen = []
+
+    class Watched(MultiscaleCRW):
+        def losses(self, clip):
+            losses = super().losses(clip)
+            seen.append((self._walked(clip).frames, round(self.optimizers().param_groups[0]["lr"], 7)))
+            return losses
+
+    method = Watched(levels=1, embed_dim=4, curriculum={0: 2, 3: 3})
+    clips = [moving_clip(3, (32, 32), seed=i) for i in range(5)]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(max_epochs=1, enable_checkpointing=False, default_root_dir=tmp_path, **quiet)
+    trainer.fit(method, DataLoader(clips, batch_size=None))
+    rates = [1e-4, 1.002e-4, 1.004e-4, 1e-4, 1.002e-4]
+    assert seen == [(k, rate) for k, rate in zip([2, 2, 2, 3, 3], rates, strict=True)]
+    assert {int(v["step"]) for v in method.optimizers().state.values()} == {2}
+
+
 def test_a_displaced_end_view_is_the_same_place():
     method = MultiscaleCRW(levels=3, end_view_shift=32)
     video = moving_clip(2, (96, 128)).video
@@ -90,6 +123,8 @@ def test_working_size():
         {"median": 4},
         {"levels": 3, "end_view_shift": 8},
         {"end_view_shift": -64},
+        {"curriculum": {5: 2}},
+        {"curriculum": {0: 1}},
     ],
 )
 def test_bad_options_are_refused(options):

@@ -61,6 +61,8 @@ class MultiscaleCRW(Method):
         starts: nodes drawn at each level for walks of three frames and more.
         end_view_shift: the walk ends in a view of frame 0 displaced by this many pixels (a multiple of the coarsest
             stride) along either axis or both, at random; 0 ends it in frame 0 itself.
+        curriculum: from which optimiser step on how many frames of a clip the walk takes, such as ``{0: 2, 4000: 3}``;
+            optimiser and learning rate begin anew at each switch. Empty takes all frames from the start.
         resolution: shorter side of the frames that flow is computed on; frames are resized to it and to multiples of
             the coarsest stride. None keeps their size.
         optimizer: as ``{class_path, init_args}``.
@@ -91,6 +93,7 @@ class MultiscaleCRW(Method):
         edge_constant: float = 150.0,
         starts: int = 512,
         end_view_shift: int = 0,
+        curriculum: dict[int, int] | None = None,
         resolution: int | None = 512,
         optimizer: OptimizerCallable = _adam,
         lr_scheduler: LRSchedulerCallable | None = _cyclic,
@@ -107,6 +110,10 @@ class MultiscaleCRW(Method):
                 f"crw_multiscale needs end_view_shift a multiple of its coarsest stride {self.coarsest}, "
                 f"got {end_view_shift}"
             )
+        if curriculum and (0 not in curriculum or min(curriculum.values()) < 2):
+            raise Error(
+                f"crw_multiscale needs a curriculum that begins at step 0 with 2 frames or more, got {curriculum}"
+            )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.feature_pyramid_extractor = FeaturePyramid(levels, padding_mode)
         self.embed_heads = embed_heads(levels, embed_dim)
@@ -114,6 +121,7 @@ class MultiscaleCRW(Method):
         self.median, self.stay = median, stay
         self.crw_weight, self.smooth_weight, self.edge_constant = crw_weight, smooth_weight, edge_constant
         self.starts, self.end_view_shift, self.resolution = starts, end_view_shift, resolution
+        self.curriculum = curriculum or {}
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """Map images (B, 3, H, W) in [0, 1] to raw embeddings (B, d, h, w) of each level, coarse to fine."""
@@ -126,8 +134,9 @@ class MultiscaleCRW(Method):
         """Walk and smoothness losses of the palindrome 0, 1, .., k-1, .., 1, 0, one entry of each a level.
 
         Raises:
-            DataError: clips of a single frame, or smaller than two nodes of stride 64.
+            DataError: clips with too few frames, or smaller than two nodes of the coarsest stride.
         """
+        clip = self._walked(clip)
         if clip.frames < 2:
             raise DataError("crw_multiscale learns from clips of 2 frames or more; set data.frames to 2, 3 or 4")
         video, end_view, shift = self._displaced_view(clip.float_video())
@@ -160,6 +169,21 @@ class MultiscaleCRW(Method):
             if self.smooth_weight:
                 losses[f"smooth_{stride}"] = self.smooth_weight * smooth
         return losses
+
+    def on_train_batch_start(self, batch: Clip, batch_idx: int) -> None:
+        """Begin optimiser and learning rate anew where the curriculum switches (3.3, multi-frame training)."""
+        if self.global_step and self.global_step in self.curriculum:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def _walked(self, clip: Clip) -> Clip:
+        """Cut a clip to the frames that the curriculum takes at this step."""
+        if not self.curriculum:
+            return clip
+        step = self.global_step if self._trainer is not None else 0
+        frames = self.curriculum[max(start for start in self.curriculum if start <= step)]
+        if clip.frames < frames:
+            raise DataError(f"the curriculum asks for {frames} frames at step {step}; set data.frames to as many")
+        return Clip(video=clip.video[:, :frames], name=clip.name)
 
     def _displaced_view(self, video: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """Crop all frames by `end_view_shift`, and frame 0 once more displaced by it: node p is p - shift there."""
