@@ -26,6 +26,7 @@ class Video:
     badness: float
     video: Tensor  # uint8 (T, 3, H, W)
     tracks: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # xy and visible, predicted and true
+    colours: Tensor | None = None  # of the points, by their queries: the same in both pictures
     flow: tuple[Tensor, Tensor] | None = None  # (2, H, W), predicted and true
     pair: tuple[int, int] = (0, 1)
 
@@ -146,6 +147,7 @@ def _video(outputs: dict[str, Any], clip: Clip, i: int, badness: float) -> Video
         parts = (tracks.xy[i], tracks.visible[i] > 0.5, clip.tracks[i], clip.visible[i])
         xy, visible, true_xy, true_visible = (part.cpu()[:, few] for part in parts)
         out.tracks = xy.float(), visible, true_xy.float(), true_visible
+        out.colours = draw.start_colours(outputs["queries"][i, few, 1:])
     if outputs.get("flow") is not None and clip.flow is not None:
         true = clip.flow.xy[i, 0].float()
         if clip.flow.valid is not None:
@@ -161,7 +163,7 @@ def _draw(one: Video, folder: Path, stem: str) -> dict[str, Path]:
         xy, visible, true_xy, true_visible = one.tracks
         few = torch.linspace(0, len(one.video) - 1, min(FRAMES, len(one.video))).round().long()
         sheets = [
-            draw.contact_sheet(draw.draw_tracks(one.video, *which)[few], columns=2)
+            draw.contact_sheet(draw.draw_tracks(one.video, *which, colours=one.colours)[few], columns=2)
             for which in ((xy, visible), (true_xy, true_visible))
         ]
         image = draw.side_by_side(sheets, ["prediction", "truth"])
