@@ -53,7 +53,7 @@ def test_every_form_of_checkpoint_loads_whole(method, tmp_path, form):
 def test_options_given_go_before_those_of_the_checkpoint(method, tmp_path):
     path = tmp_path / "a.ckpt"
     torch.save({"state_dict": method.state_dict(), "hyper_parameters": {"_class_path": CLASS, **OPTIONS}}, path)
-    assert trackpl.load("crw_multiscale", path, stay=0.5).stay == 0.5
+    assert trackpl.load("crw_multiscale", path, stay=0.5).matcher.stay == 0.5
     with pytest.raises(CheckpointError, match=r"no option 'stya'; did you mean 'stay'\?"):
         trackpl.load("crw_multiscale", path, stya=0.5)
 

@@ -10,7 +10,7 @@ from golden.crw import dense_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trackpl_crw.smoothness import smoothness
-from trackpl_crw.transition import Transition, coarse_to_fine, local_correlation, median_filter, transition
+from trackpl_crw.transition import Matcher, Transition, local_correlation, median_filter, transition
 from trackpl_crw.walk import cycle_loss, path_inside, return_of_pair, returns_of_walk, transpose
 
 GOLDEN = Path(__file__).parent / "golden" / "crw"
@@ -179,7 +179,7 @@ def test_flow_is_a_constant_of_the_next_level():
     g = torch.Generator().manual_seed(0)
     pyramid = [torch.randn(1, 4, 4 * 2**i, 4 * 2**i, generator=g, requires_grad=True) for i in range(3)]
     other = [torch.randn(1, 4, 4 * 2**i, 4 * 2**i, generator=g) for i in range(3)]
-    steps = coarse_to_fine(pyramid, other, 2, 0.1)
+    steps = Matcher(2, 0.1).transitions(pyramid, other)
     assert all(isinstance(s, Transition) and not s.flow_in.requires_grad for s in steps)
     steps[-1].flow.sum().backward()
     assert pyramid[0].grad is None and pyramid[2].grad is not None
@@ -200,3 +200,13 @@ def test_staying_keeps_even_regions_where_the_flow_is():
     flow = torch.zeros(1, 2, 12, 12)
     drift = transition(flat, flat, flow, 5, 0.07).flow.abs().max()
     assert drift > 2 > transition(flat, flat, flow, 5, 0.07, stay=0.5).flow.abs().max()
+
+
+@pytest.mark.parametrize("expected", ["paper", "exact"])
+@pytest.mark.parametrize("median, stay", [(1, 0.0), (5, 0.3)])
+def test_flow_without_transitions_is_the_flow_of_the_transitions(expected, median, stay):
+    g = torch.Generator().manual_seed(0)
+    pyramids = [[torch.randn(2, 4, 5 * 2**i, 7 * 2**i, generator=g) for i in range(3)] for _ in "st"]
+    matcher = Matcher(3, 0.1, expected, median, stay)
+    want = median_filter(matcher.transitions(*pyramids)[-1].flow, median)
+    assert torch.allclose(matcher.flow(*pyramids), want, atol=1e-4)

@@ -13,7 +13,6 @@ weights B of their incoming flow (the paper multiplies A alone); and, for traini
 may return to a displaced view of frame 0 (`end_view_shift`), so that absolute position is of no use to it.
 """
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -25,7 +24,7 @@ from trackpl import Clip, Info, Method
 from trackpl.errors import DataError, Error
 from trackpl_crw.pyramid import FeaturePyramid, embed_heads, image_pyramid
 from trackpl_crw.smoothness import smoothness
-from trackpl_crw.transition import Transition, coarse_to_fine, median_filter, upsample
+from trackpl_crw.transition import Matcher, Transition, upsample
 from trackpl_crw.walk import cycle_loss
 
 FINEST = 4  # stride of the finest level
@@ -117,8 +116,7 @@ class MultiscaleCRW(Method):
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.feature_pyramid_extractor = FeaturePyramid(levels, padding_mode)
         self.embed_heads = embed_heads(levels, embed_dim)
-        self.radius, self.tau, self.expected_flow = radius, tau, expected_flow
-        self.median, self.stay = median, stay
+        self.matcher = Matcher(radius, tau, expected_flow, median, stay)
         self.crw_weight, self.smooth_weight, self.edge_constant = crw_weight, smooth_weight, edge_constant
         self.starts, self.end_view_shift, self.resolution = starts, end_view_shift, resolution
         self.curriculum = curriculum or {}
@@ -153,7 +151,7 @@ class MultiscaleCRW(Method):
         home = slice(0, 1) if end_view is None else slice(k, k + 1)
         sources = [torch.cat([e[: k - 1], e[1:k]]).flatten(0, 1) for e in embedded]
         targets = [torch.cat([e[1:k], e[home], e[1 : k - 1]]).flatten(0, 1) for e in embedded]
-        steps = self._match(sources, targets)
+        steps = self.matcher.transitions(sources, targets)
 
         start_images = torch.cat([frames[: k - 1], frames[1:k]]).flatten(0, 1)
         guides = image_pyramid(start_images, [(s.flow.shape[-2], s.flow.shape[-1]) for s in steps])
@@ -212,11 +210,7 @@ class MultiscaleCRW(Method):
     @torch.no_grad()
     def match(self, source: list[Tensor], target: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Give the expected displacement of every pixel (B, 2, H, W); the walk has no notion of occlusion (3.2)."""
-        finest = median_filter(self._match(source, target)[-1].flow, self.median)
-        return resize_flow(upsample(finest, FINEST), size)
-
-    def _match(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Transition]:
-        return coarse_to_fine(sources, targets, self.radius, self.tau, self.expected_flow, self.median, self.stay)
+        return resize_flow(upsample(self.matcher.flow(source, target), FINEST), size)
 
 
 def _hops(step: Transition, hops: int) -> tuple[list[Transition], list[Transition]]:

@@ -141,26 +141,55 @@ def transition(
         stay: by how much each squared node of distance lowers a logit. Where embeddings say nothing the walker then
             keeps to the incoming flow; without it (0, the paper) it drifts to the middle of its window's even part.
     """
-    flow = flow.detach()
+    x, y, around = _operands(source, target, flow.detach(), radius, tau, expected_flow)
+    probability, moved = _rows(x, y, around, radius, stay)
+    return Transition(probability, flow.detach(), flow.detach() + moved)
+
+
+def matched_flow(
+    source: Tensor,
+    target: Tensor,
+    flow: Tensor,
+    radius: int,
+    tau: float,
+    expected_flow: Literal["paper", "exact"] = "paper",
+    stay: float = 0.0,
+) -> Tensor:
+    """Give the flow of `transition` without its probabilities, band by band: what is multiplied stays in the cache."""
+    x, y, around = _operands(source, target, flow, radius, tau, expected_flow)
+    bands = []
+    for top in range(0, flow.shape[-2], TILE):
+        rows, reach = slice(top, top + TILE), slice(top, top + TILE + 2 * radius)
+        near = None if around is None else around[:, :, reach]
+        bands.append(_rows(x[:, :, rows], y[:, :, reach], near, radius, stay)[1])
+    return flow + torch.cat(bands, 2)
+
+
+def _operands(
+    source: Tensor, target: Tensor, flow: Tensor, radius: int, tau: float, expected_flow: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scale and warp so that a local correlation gives the masked logits; with the incoming flow around, if wanted."""
     source, target = unit(source), unit(warp(target, flow))
     # One more channel carries the mask: its product with 1 is added to every logit. Logits lie in +-1/tau, so
     # 2/tau + 120 below them is as good as nothing beside an allowed column, yet leaves the order of a row of them.
     mask = (~inside(flow)).unsqueeze(1).to(target.dtype) * -(2 / tau + 120)
     border = [radius] * 4
-    logits = local_correlation(
-        torch.cat([source / tau, torch.ones_like(mask)], 1),
-        torch.cat([F.pad(target, border), F.pad(mask, border, value=-1e30)], 1),
-        radius,
-    )
+    x = torch.cat([source / tau, torch.ones_like(mask)], 1)
+    y = torch.cat([F.pad(target, border), F.pad(mask, border, value=-1e30)], 1)
+    return x, y, F.pad(flow, border) if expected_flow == "exact" else None
+
+
+def _rows(x: Tensor, y: Tensor, around: Tensor | None, radius: int, stay: float) -> tuple[Tensor, Tensor]:
+    """Rows of A (B, h, w, K) and the expected step (B, 2, h, w) from the operands of a band."""
+    logits = local_correlation(x, y, radius)
     steps = offsets(radius, logits)
     probability = (logits - stay * steps.square().sum(-1)).softmax(-1) if stay else logits.softmax(-1)
-    moved = probability @ steps
-    if expected_flow == "exact":
+    moved = (probability @ steps).permute(0, 3, 1, 2)
+    if around is not None:
         side = 2 * radius + 1
-        near = F.pad(flow, [radius] * 4).unfold(2, side, 1).unfold(3, side, 1).flatten(-2)  # (B, 2, h, w, K)
-        moved = moved + (near * probability.unsqueeze(1)).sum(-1).permute(0, 2, 3, 1)
-        return Transition(probability, flow, moved.permute(0, 3, 1, 2))
-    return Transition(probability, flow, flow + moved.permute(0, 3, 1, 2))
+        near = around.unfold(2, side, 1).unfold(3, side, 1).flatten(-2)  # (B, 2, h, w, K)
+        moved = moved + (near * probability.unsqueeze(1)).sum(-1) - around[..., radius:-radius, radius:-radius]
+    return probability, moved
 
 
 def offsets(radius: int, like: Tensor) -> Tensor:
@@ -168,39 +197,50 @@ def offsets(radius: int, like: Tensor) -> Tensor:
     return node_grid(2 * radius + 1, 2 * radius + 1, like).flatten(1).T - radius
 
 
-def coarse_to_fine(
-    source: Sequence[Tensor],
-    target: Sequence[Tensor],
-    radius: int,
-    tau: float,
-    expected_flow: Literal["paper", "exact"] = "paper",
-    median: int = 1,
-    stay: float = 0.0,
-) -> list[Transition]:
-    """Match two embedded pyramids, level by level; each level starts from the upsampled flow of the one above.
+@dataclass(frozen=True)
+class Matcher:
+    """How two embedded pyramids are matched, level by level.
 
-    The incoming flow is a constant: letting the loss move it teaches the flow to hit nodes, not to be right.
+    Each level starts from the upsampled flow of the one above, taken as a constant: letting the loss move it teaches
+    the flow to hit nodes, not to be right.
 
     Args:
-        source: raw embeddings of frame s, coarse to fine, each (B, d, h, w) with h, w doubling.
-        target: of frame t.
         radius: window radius r.
         tau: temperature.
         expected_flow: see `transition`.
         median: side of the median filter that the flow passes on its way to the next level: 5, or 1 for none.
         stay: see `transition`.
-
-    Returns:
-        One `Transition` a level, coarse to fine.
     """
-    flow = torch.zeros_like(source[0][:, :2])
-    out: list[Transition] = []
-    for level, (s, t) in enumerate(zip(source, target, strict=True)):
-        if level:
-            flow = upsample(median_filter(out[-1].flow.detach(), median), 2)
-        with torch.autocast(s.device.type, enabled=False):
-            out.append(transition(_full(s), _full(t), _full(flow), radius, tau, expected_flow, stay))
-    return out
+
+    radius: int
+    tau: float
+    expected_flow: Literal["paper", "exact"] = "paper"
+    median: int = 1
+    stay: float = 0.0
+
+    def transitions(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> list[Transition]:
+        """Give the transition of every level; raw embeddings (B, d, h, w) come and transitions go coarse to fine."""
+        out: list[Transition] = []
+        for s, t in zip(source, target, strict=True):
+            flow = self._next(out[-1].flow.detach()) if out else torch.zeros_like(s[:, :2])
+            with torch.autocast(s.device.type, enabled=False):
+                args = _full(s), _full(t), _full(flow), self.radius, self.tau, self.expected_flow, self.stay
+                out.append(transition(*args))
+        return out
+
+    def flow(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+        """Give the flow of the finest level (B, 2, h, w), filtered, in its pixels."""
+        flow = None
+        for s, t in zip(source, target, strict=True):
+            flow = torch.zeros_like(s[:, :2]) if flow is None else self._next(flow)
+            with torch.autocast(s.device.type, enabled=False):
+                args = _full(s), _full(t), _full(flow), self.radius, self.tau, self.expected_flow, self.stay
+                flow = matched_flow(*args)
+        assert flow is not None, "a pyramid has at least one level"
+        return median_filter(flow, self.median)
+
+    def _next(self, flow: Tensor) -> Tensor:
+        return upsample(median_filter(flow, self.median), 2)
 
 
 def _full(x: Tensor) -> Tensor:
