@@ -87,7 +87,7 @@ def peak(k, h, w):
         "print((read('VmHWM') - before) // 1024)"
     )
     args = [sys.executable, "-c", code, __file__.rpartition("/")[0] or ".", *map(str, (k, h, w))]
-    return int(subprocess.run(args, check=True, capture_output=True, text=True).stdout)
+    return max(0, int(subprocess.run(args, check=True, capture_output=True, text=True).stdout))
 
 
 def main():
