@@ -2,12 +2,14 @@
 
     python tests/benchmarks/classical.py [--clips 30] [--resolution 768]
 
-Baselines: pyramidal Lucas-Kanade (`cv2.calcOpticalFlowPyrLK`) from frame to frame, and DIS flow chained from frame to
-frame. Both judge visibility by the forward-backward error, as ours does; a point that LK loses stays where it was lost.
+Baselines: pyramidal Lucas-Kanade (`cv2.calcOpticalFlowPyrLK`) from frame to frame; DIS flow chained from frame to frame,
+and by the steps that the platform makes of any flow (`trackpl.adapters.follow`), as ours is. All judge visibility by the
+forward-backward error, as ours does; a point that LK loses stays where it was lost.
 """
 
 import argparse
 import time
+from functools import partial
 
 import cv2
 import numpy as np
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from trackpl_prep.synthetic import default_set
 
 import trackpl
-from trackpl.adapters import follow
+from trackpl.adapters import SPANS, follow
 from trackpl.metrics.tapvid import TapVid, first_queries
 from trackpl.shards import decode, read_index, read_members
 from trackpl.types import Tracks
@@ -30,15 +32,15 @@ def grey(clip):
     return [cv2.cvtColor(f.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2GRAY) for f in clip.video[0]]
 
 
-def chained_dis(clip, queries):
-    """DIS flow from frame to frame."""
+def chained_dis(clip, queries, spans=(1,)):
+    """DIS flow from frame to frame, or by longer steps too."""
     frames, dis = grey(clip), cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def flow_of(pairs):
         flows = [torch.from_numpy(dis.calc(frames[s], frames[t], None)).permute(2, 0, 1) for s, t in pairs]
         return torch.stack(flows)[None]
 
-    return follow(flow_of, clip.frames, clip.size, queries, spans=(1,))
+    return follow(flow_of, clip.frames, clip.size, queries, spans=spans)
 
 
 def chained_lk(clip, queries):
@@ -73,7 +75,12 @@ def main():
     parser.add_argument("--resolution", type=int, help="shorter side that flow is computed on; default: the weights'")
     options = parser.parse_args()
     method = trackpl.load("crw_multiscale", **({"resolution": options.resolution} if options.resolution else {}))
-    trackers = {"crw_multiscale": method.track, "chained DIS": chained_dis, "chained LK": chained_lk}
+    trackers = {
+        "crw_multiscale": method.track,
+        "chained DIS": chained_dis,
+        "chained LK": chained_lk,
+        "DIS, our steps": partial(chained_dis, spans=SPANS),
+    }
     metrics, seconds = {name: TapVid() for name in trackers}, dict.fromkeys(trackers, 0.0)
     samples = read_index(default_set("val")).samples[: options.clips]
     for sample in tqdm(samples, unit="clip"):
