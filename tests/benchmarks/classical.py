@@ -2,9 +2,9 @@
 
     python tests/benchmarks/classical.py [--clips 30] [--resolution 768]
 
-Baselines: pyramidal Lucas-Kanade (`cv2.calcOpticalFlowPyrLK`) from frame to frame; DIS flow chained from frame to frame,
-and by the steps that the platform makes of any flow (`trackpl.adapters.follow`), as ours is. All judge visibility by the
-forward-backward error, as ours does; a point that LK loses stays where it was lost.
+Baselines: pyramidal Lucas-Kanade (`cv2.calcOpticalFlowPyrLK`) from frame to frame; DIS flow chained from frame to
+frame, and by the steps that the platform makes of any flow (`trackpl.adapters.follow`), as ours is. All judge
+visibility by the forward-backward error, as ours does; a point that LK loses stays where it was lost.
 """
 
 import argparse
