@@ -9,8 +9,10 @@ of an embedding, r window radius, K = (2r+1)^2 window offsets, A (N, K) local tr
 
 Where we differ from the paper: the loss of a level is the mean over the nodes whose path stays in the frame (the paper
 sums, which would weigh the finest level 256 times the coarsest); transitions are composed as T = A B with the bilinear
-weights B of their incoming flow (the paper multiplies A alone); and, for training from scratch on small clips, the walk
-may return to a displaced view of frame 0 (`end_view_shift`), so that absolute position is of no use to it.
+weights B of their incoming flow (the paper multiplies A alone); convolutions start from Kaiming initialisation. Off by
+default, for training from scratch on small clips: fewer `levels`, a `median` filter on the flow between levels, a pull
+towards the incoming flow where embeddings say nothing (`stay`), and a walk that ends in a displaced view of frame 0
+(`end_view_shift`), so that absolute position is of no use to it.
 """
 
 from typing import ClassVar, Literal
