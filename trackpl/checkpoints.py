@@ -43,8 +43,9 @@ def load(name: str, checkpoint: str | Path | None = None, device: str = "cpu", *
     path = Path(checkpoint) if checkpoint is not None else _shipped(cls, name)
     state, stored, class_path = read_checkpoint(path)
     if class_path is not None and class_path != plugin.class_path:
-        owner = next((p.name for p in plugins().values() if p.class_path == class_path), class_path)
-        raise CheckpointError(f"{path} is a checkpoint of method '{owner}', not of '{name}'; name '{owner}' instead")
+        owner = next((p.name for p in plugins().values() if p.class_path == class_path), None)
+        hint = f"name '{owner}' instead" if owner else "its plugin is not installed"
+        raise CheckpointError(f"{path} is a checkpoint of method '{owner or class_path}', not of '{name}'; {hint}")
     options = {k: v for k, v in stored.items() if k in known and k not in ("optimizer", "lr_scheduler")}
     method: Method = cls(**(options | init_args))
     fit_state(method, method.import_weights(state), path)
