@@ -13,6 +13,8 @@ from trackpl import shards
 from trackpl.augment import Augment
 from trackpl.data import ShardDataModule
 from trackpl.errors import DataError
+from trackpl.order import Progress
+from trackpl.shards import Sample, Shard
 from trackpl.stream import EachOnce, TrainDraws
 from trackpl.types import Clip, Flow
 
@@ -51,26 +53,37 @@ def fingerprint(batches) -> list:
 # Order -----------------------------------------------------------------------------------------------------------
 
 
+def fake(count: int, per_shard: int = 4) -> list[Sample]:
+    return [Sample(Shard(f"{i // per_shard}.tar", 1, ""), f"{i}", 6, {}, 0, 0) for i in range(count)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     count=st.integers(1, 40), steps=st.integers(1, 12), batch=st.integers(1, 4), world=st.integers(1, 9),
-    seed=st.integers(0, 2**31),
+    seed=st.integers(0, 2**31), per_shard=st.integers(1, 9), window=st.integers(1, 5), clips=st.integers(1, 3),
 )  # fmt: skip
-def test_all_ranks_together_go_through_the_samples_in_whole_passes(count, steps, batch, world, seed):
-    ranks = [TrainDraws(range(count), seed, steps, batch, r, world) for r in range(world)]
-    draws = [d for epoch in range(3) for s in range(steps) for r in ranks for d in r.batch(epoch, s)]
-    assert [number for _, number in draws] == list(range(3 * steps * batch * world))
-    for first in range(0, len(draws) - count + 1, count):
-        assert sorted(s for s, _ in draws[first : first + count]) == list(range(count))
-    joint = TrainDraws(range(count), seed, steps, batch * world, 0, 1)  # one process with the joint batch
-    assert draws == [d for epoch in range(3) for s in range(steps) for d in joint.batch(epoch, s)]
+def test_all_ranks_together_go_through_the_samples_in_whole_passes(
+    count, steps, batch, world, seed, per_shard, window, clips
+):
+    sets, progress = [fake(count, per_shard)], Progress(steps, batch * world)
+
+    def drawn(batch, world):
+        ranks = [TrainDraws(sets, [1.0], seed, steps, batch, r, world, clips, window) for r in range(world)]
+        return [d for e in range(3) for s in range(steps) for r in ranks for d in r.batch(progress.first(e, s))]
+
+    draws = drawn(batch, world)
+    assert [d.number for d in draws] == list(range(3 * steps * batch * world))
+    every = sorted((s.key, c) for s in sets[0] for c in range(clips))
+    for first in range(0, len(draws) - len(every) + 1, len(every)):
+        assert sorted((d.sample.key, d.clip) for d in draws[first : first + len(every)]) == every
+    assert draws == drawn(batch * world, 1)  # one process with the joint batch
 
 
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(1, 60), batch=st.integers(1, 5), world=st.integers(1, 70))
 def test_validation_covers_each_sample_once(count, batch, world):
-    ranks = [list(EachOnce(range(count), batch, r, world)) for r in range(world)]
-    assert sorted(s for rank in ranks for s, _ in rank) == list(range(count))
+    ranks = [list(EachOnce(fake(count), batch, r, world)) for r in range(world)]
+    assert sorted(int(d.sample.key) for rank in ranks for d in rank) == list(range(count))
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
 
 
@@ -88,7 +101,7 @@ def test_epochs_and_seeds_differ_and_repeat(path):
     loader = module(path, steps_per_epoch=5).train_dataloader()
     epochs = []
     for epoch in (0, 1, 0):
-        loader.before = lambda epoch=epoch: loader.dataset.draws.start.copy_(torch.tensor([epoch, 0]))
+        loader.before = lambda epoch=epoch: loader.dataset.draws.begin(Progress(5, 2), epoch, 0)
         epochs.append(fingerprint(loader))
     assert epochs[0] == epochs[2] != epochs[1]
     assert fingerprint(module(path, seed=1).train_dataloader()) != epochs[0]

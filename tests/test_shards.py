@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trackpl.errors import DataError
-from trackpl.samples import read_json, read_npy
+from trackpl.parsing import read_json, read_npy
 from trackpl.shards import decode, encode, read_index, read_members, write_shards
 from trackpl.types import Camera, Clip, Flow
 
@@ -304,7 +304,7 @@ def test_a_key_that_could_mislead_is_refused(tmp_path, key):
 
 
 def test_a_key_may_come_once(tmp_path):
-    with pytest.raises(DataError, match="'a' is no new key"):
+    with pytest.raises(DataError, match="the key 'a' comes twice"):
         write_shards(tmp_path, "set", [("a", MEMBERS), ("b", MEMBERS), ("a", MEMBERS)], samples_per_shard=1)
     with pytest.raises(DataError, match="no samples"):
         write_shards(tmp_path, "set", [])

@@ -216,10 +216,13 @@ def _normal(like: Tensor, seed: int) -> Tensor:
 
 def reversed_clip(clip: Clip) -> Clip:
     """Run a clip backwards: frame t becomes T-1-t, a flow pair (s, t) becomes (T-1-s, T-1-t)."""
-    out = dataclasses.replace(clip, flow=None).map(lambda x: x.flip(1))
+    last = clip.frames - 1
+    out = dataclasses.replace(clip, flow=None, queries=None).map(lambda x: x.flip(1))
+    if clip.queries is not None:
+        t, xy = clip.queries.split([1, 2], -1)
+        out = dataclasses.replace(out, queries=torch.cat([last - t, xy], -1))
     if clip.flow is None:
         return out
-    last = clip.frames - 1
     pairs = tuple((last - s, last - t) for s, t in clip.flow.pairs)
     return dataclasses.replace(out, flow=dataclasses.replace(clip.flow, pairs=pairs))
 
@@ -282,6 +285,9 @@ def _move(clip: Clip, sampler: _Sampler, video: Tensor) -> Clip:
         changes["tracks"] = tracks
         if clip.visible is not None:
             changes["visible"] = clip.visible & _inside(tracks, size, -1)
+    if clip.queries is not None:
+        t, xy = clip.queries.split([1, 2], -1)
+        changes["queries"] = torch.cat([t, xy * grow[:, 0] + shift[:, 0]], -1)
     if clip.depth is not None:
         changes["depth"] = sampler.surface(clip.depth, lambda d: 0.1 * d.abs())
     if clip.labels is not None:
@@ -308,7 +314,10 @@ def _move_flow(flow: Flow, sampler: _Sampler, grow: Tensor) -> Flow:
         visible = sampler.nearest(flow.visible) & _inside(ends, sampler.new, 2)
     if flow.valid is not None:
         valid = sampler.nearest(flow.valid)
-    return Flow(xy, flow.pairs, visible, valid)
+    depth = None
+    if flow.depth is not None:
+        depth = sampler.surface(flow.depth.unsqueeze(2), lambda d: 0.1 * d.abs()).squeeze(2)
+    return Flow(xy, flow.pairs, visible, valid, depth)
 
 
 def pixel_centres(size: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:

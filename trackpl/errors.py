@@ -20,6 +20,10 @@ class DataError(Error):
     """A data set, shard or sample is missing or broken."""
 
 
+class UnreachableError(DataError):
+    """The server that has the data gave no usable answer, however often it was asked."""
+
+
 class VideoError(Error):
     """A video or a folder of frames cannot be read."""
 

@@ -43,12 +43,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Flow(Batch):
-    """Displacement of every pixel of frame s to its place in frame t, for each pair (s, t)."""
+    """Displacement of every pixel of frame s to its place in frame t, for each pair (s, t).
+
+    The pairs (s, 0), (s, 1), ... make dense tracks of frame s, in three dimensions where there is a depth.
+    """
 
     xy: Tensor  # (B, P, 2, H, W) pixels; the pixel centred at c lies at c + xy
     pairs: tuple[tuple[int, int], ...]  # P frame pairs (s, t)
     visible: Tensor | None = None  # (B, P, H, W): truth bool, prediction a probability that t shows the pixel
     valid: Tensor | None = None  # (B, P, H, W) bool: truth is known here
+    depth: Tensor | None = None  # (B, P, H, W) metres along the optical axis of frame t, of each pixel of frame s
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,11 @@ class Clip(Batch):
     tracks: Tensor | None = None  # (B, T, N, 2) pixels
     visible: Tensor | None = None  # (B, T, N) bool
     valid: Tensor | None = None  # (B, T, N) bool: supervised here
+    track_depth: Tensor | None = None  # (B, T, N) metres along the optical axis
+    queries: Tensor | None = None  # (B, N, 3): the (t, x, y) of each track, where the data set names one
     depth: Tensor | None = None  # (B, T, 1, H, W) metres along the optical axis
     flow: Flow | None = None
-    labels: Tensor | None = None  # (B, T, H, W) integer segment ids, 0 background
+    labels: Tensor | None = None  # (B, T, H, W) integer segment ids, 0 background; 255 where a mask set says nothing
     camera: Camera | None = None
     name: tuple[str, ...] = ()  # B names, for per-video results
     fps: float | None = None
