@@ -15,9 +15,10 @@ import os
 import shutil
 import signal
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,12 +130,21 @@ def convert(
     partial = out / f"{name}.partial"
     jobs = _jobs(dataset, source, options, items, partial, name, recipe, per_shard or dataset.per_shard, max_broken)
     try:
-        _prepare(partial, recipe, len(jobs), dataset, name)
-        mine = [job for job in jobs[i - 1 :: n] if not job.entry.exists()]
-        run = _on_ray(mine) if ray else _in_processes(mine, workers) if workers > 1 else map(make_shard, mine)
-        done = len(jobs[i - 1 :: n]) - len(mine)
-        _watch(run, name, done, len(jobs[i - 1 :: n]), quiet)
+        _prepare(partial, recipe, len(jobs), dataset, options, name)
+        ours = jobs[i - 1 :: n]
+        mine = [job for job in ours if not job.entry.exists()]
+        total = sum(len(job.items) for job in ours)
+        done = total - sum(len(job.items) for job in mine)
+        with tqdm(total=total, initial=done, desc=f"making {name}", unit="clip", disable=quiet, smoothing=0.05) as bar:
+            for count in _on_ray(mine) if ray else _in_processes(mine, workers) if workers > 1 else _here(mine, bar):
+                bar.update(count)
         return merge(partial, overwrite, max_broken)
+    except Error:
+        if n == 1 and not any(job.entry.exists() for job in jobs):  # nothing to go on from
+            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                out.rmdir()  # only where it is empty
+        raise
     except OSError as error:
         raise DataError(f"cannot write the set to {out}: {error.strerror or error}") from None
 
@@ -142,7 +152,7 @@ def convert(
 def _recipe(dataset: Dataset, options: Namespace, items: Sequence[Item], per_shard: int) -> str:
     """Hash everything that the bytes of a set follow from."""
     facts = {k: str(v) for k, v in sorted(vars(options).items())}
-    text = json.dumps([dataset.name, facts, per_shard, items], sort_keys=True)
+    text = json.dumps([dataset.name, dataset.version, facts, per_shard, items], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -162,9 +172,12 @@ def _jobs(
     return [Job(dataset, source, options, p, partial, name, k, recipe, max_broken) for k, p in enumerate(parts)]
 
 
-def _prepare(partial: Path, recipe: str, shards: int, dataset: Dataset, name: str) -> None:
+def _prepare(partial: Path, recipe: str, shards: int, dataset: Dataset, options: Namespace, name: str) -> None:
     """Make the folder of unfinished work, or check that what lies there is of the same recipe."""
-    plan = {"recipe": recipe, "shards": shards, "name": name, "source": dataset.name, "licence": dataset.licence}
+    facts = {k: v for k, v in sorted(vars(options).items()) if not isinstance(v, Path)}
+    meta: dict[str, Any] = {"source": dataset.name, "version": dataset.version, "licence": dataset.licence}
+    meta |= {"options": facts, "recipe": recipe}
+    plan = {"recipe": recipe, "shards": shards, "name": name, "meta": meta}
     path = partial / "plan.json"
     partial.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -176,13 +189,13 @@ def _prepare(partial: Path, recipe: str, shards: int, dataset: Dataset, name: st
         )
 
 
-def make_shard(job: Job) -> int:
-    """Write one shard and its description; returns the number of its samples."""
+def make_shard(job: Job, tick: Callable[[], Any] = lambda: None) -> int:
+    """Write one shard and its description; returns the number of its items. Calls `tick` after each."""
     broken = Broken(job.max_broken)
     beside = job.partial / f".{job.number:06d}.{os.getpid()}.tmp"
     try:
         try:
-            entry = write_tar(beside, _samples(job, broken))
+            entry = write_tar(beside, _samples(job, broken, tick))
         except DataError as error:
             if not str(error).endswith("shard has no samples"):
                 raise
@@ -191,17 +204,19 @@ def make_shard(job: Job) -> int:
             entry["file"] = shard_name(job.name, job.number)
             os.replace(beside, job.partial / entry["file"])
         _write(job.entry, {"recipe": job.recipe, "shard": entry, "broken": broken.messages})
-        return 0 if entry is None else len(entry["samples"])
+        return len(job.items)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _samples(job: Job, broken: Broken) -> Samples:
+def _samples(job: Job, broken: Broken, tick: Callable[[], Any]) -> Samples:
     for item in job.items:
         try:
-            yield from job.dataset.read(job.source, item, job.options)
+            # A list: of an item that breaks in its middle nothing stays.
+            yield from list(job.dataset.read(job.source, item, job.options))
         except Error as error:
             broken.add(error)
+        tick()
 
 
 def _write(path: Path, content: Any) -> None:
@@ -220,37 +235,52 @@ def _read(path: Path) -> Any:
 # Running ----------------------------------------------------------------------------------------------------
 
 
-def _watch(run: Iterable[int], name: str, done: int, total: int, quiet: bool) -> None:
-    """Run the jobs and show how far they are."""
-    with tqdm(
-        total=total, initial=done, desc=f"making {name}", unit="shard", disable=quiet or None, dynamic_ncols=True
-    ) as bar:
-        samples = 0
-        for count in run:
-            samples += count
-            bar.set_postfix_str(f"{samples} clips", refresh=False)
-            bar.update()
+def _here(jobs: Sequence[Job], bar: tqdm) -> Iterator[int]:
+    """Make the shards in this process."""
+    for job in jobs:
+        make_shard(job, bar.update)
+        yield 0
 
 
 def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[int]:
+    """Make the shards in processes; yields how many more items are done, every now and then."""
     # Spawned, not forked: a forked child of a process that has used torch's threads may hang.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, max(1, len(jobs))), context, _start_worker)
+    counter, seen = context.Value("q", 0), 0
+    pool = ProcessPoolExecutor(min(workers, max(1, len(jobs))), context, _start_worker, (counter,))
     try:
-        for future in as_completed([pool.submit(make_shard, job) for job in jobs]):
-            yield future.result()
+        waiting = {pool.submit(_make_and_count, job) for job in jobs}
+        while waiting:
+            done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            yield counter.value - seen
+            seen = counter.value
     except BrokenProcessPool:
         raise DataError("a worker was killed, perhaps for want of memory; try fewer workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
+_counter: Any = None  # of the items that all workers together have done
+
+
+def _start_worker(counter: Any) -> None:
     """One thread a process; Ctrl-C is the parent's to handle."""
+    global _counter
     import torch
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _counter = counter
+
+
+def _make_and_count(job: Job) -> int:
+    def tick() -> None:
+        with _counter.get_lock():
+            _counter.value += 1
+
+    return make_shard(job, tick)
 
 
 def _on_ray(jobs: Sequence[Job]) -> Iterator[int]:
@@ -269,14 +299,14 @@ def _on_ray(jobs: Sequence[Job]) -> Iterator[int]:
 
     def run(row: dict[str, int]) -> dict[str, Any]:
         try:
-            return {"clips": make_shard(ray.get(everything)[row["job"]]), "error": ""}
+            return {"items": make_shard(ray.get(everything)[row["job"]]), "error": ""}
         except Error as error:
-            return {"clips": 0, "error": str(error)}
+            return {"items": 0, "error": str(error)}
 
     for row in data.map(run).iter_rows():
         if row["error"]:
             raise DataError(row["error"])
-        yield int(row["clips"])
+        yield int(row["items"])
 
 
 # Merging ----------------------------------------------------------------------------------------------------
@@ -308,9 +338,13 @@ def merge(partial: Path, overwrite: bool = False, max_broken: int = 0) -> Path |
             raise DataError(f"{len(broken)} items could not be read, --max-broken allows {max_broken}: {broken[0]}")
         if not shards:
             raise DataError(f"none of the items could be read; the first: {broken[0]}")
-        meta = {"source": plan["source"], "licence": plan["licence"], "recipe": plan["recipe"]}
-        if broken:
-            meta["broken"] = broken
+        meta = plan["meta"] | ({"broken": broken} if broken else {})
         index = finish_set(partial.parent, plan["name"], shards, partial, meta, overwrite)
         shutil.rmtree(partial)
         return index
+
+
+def missing(partial: Path) -> list[int]:
+    """Return the numbers of the shards that are not finished yet."""
+    plan = _read(partial / "plan.json")
+    return [k for k in range(plan["shards"]) if not (partial / f"{k:06d}.json").exists()]

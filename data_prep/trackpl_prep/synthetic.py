@@ -7,28 +7,24 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache, partial
+from argparse import ArgumentParser, Namespace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
+from trackpl.cache import cache_folder
+from trackpl.encoding import encode
 from trackpl.errors import DataError, closest
-from trackpl.shards import encode, read_index, write_shards
+from trackpl_prep.convert import convert
+from trackpl_prep.dataset import Dataset, Item, Samples
 from trackpl_prep.rendering import VERSION, render
 
 __all__ = ["DEFAULT_SETS", "VERSION", "cache_folder", "default_set", "load_textures", "make", "render"]
@@ -61,65 +57,53 @@ def make(
         DataError: arguments out of range, no images in `textures`, or another set of that name is there (and not
             `overwrite`).
     """
-    if clips < 1 or workers < 1:
-        raise DataError(f"a set needs at least 1 clip and 1 worker, got {clips} clips and {workers} workers")
-    out = Path(out)
-    recipe: dict[str, Any] = {"size": list(size), "frames": frames, "points": points}
-    meta = {"source": "synthetic", "renderer": VERSION, "seed": seed, "licence": LICENCE, **recipe}
-    if textures is not None:
-        meta |= {"textures": _digest(load_textures(textures)), "licence": "that of the textures"}
-    index = out / f"{name}.index.json"
-    if index.exists() and not overwrite:
-        there = read_index(index)
-        if there.meta == meta and len(there.samples) == clips:
-            return index
-        raise DataError(f"{index} is another set; choose another folder or name, or overwrite it")
-    job = partial(_sample, seed, size, frames, points, None if textures is None else Path(textures), meta["licence"])
-    job(0)  # a mistake in the arguments shows here, before any process is started
-    try:
-        with tqdm(total=clips, desc=f"rendering {name}", unit="clip", smoothing=0.05, dynamic_ncols=True) as bar:
-            samples = _counted(_map(job, clips, min(workers, clips)), bar)
-            return write_shards(out, name, samples, meta=meta, overwrite=overwrite)
-    except OSError as error:
-        raise DataError(f"cannot write the set to {out}: {error.strerror or error}") from None
+    folder = None if textures is None else Path(textures)
+    options = Namespace(clips=clips, seed=seed, size=list(size), frames=frames, points=points, textures=folder)
+    index = convert(DATASET, "", out, options, workers=workers, name=name, overwrite=overwrite)
+    if index is None:
+        raise DataError(f"another process is making the set '{name}' in {out}")
+    return index
 
 
-def _counted(samples: Iterator[tuple[str, dict[str, bytes]]], bar: tqdm) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Move the bar on with every sample."""
-    for sample in samples:
-        yield sample
-        bar.update()
+def _options(parser: ArgumentParser) -> None:
+    """Add the options of `trackpl data make synthetic`."""
+    parser.add_argument("--clips", type=int, default=96, metavar="N", help="number of clips")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed gives other clips")
+    parser.add_argument("--size", type=int, nargs=2, default=[256, 256], metavar=("H", "W"), help="pixels")
+    parser.add_argument("--frames", type=int, default=24, metavar="T", help="frames in each clip")
+    parser.add_argument("--points", type=int, default=256, metavar="N", help="tracks in each clip")
+    parser.add_argument("--textures", type=Path, metavar="DIR", help="images to use as textures")
 
 
-def _sample(
-    seed: int, size: tuple[int, int], frames: int, points: int, folder: Path | None, licence: str, index: int
-) -> tuple[str, dict[str, bytes]]:
-    """Render and encode one clip: its key and members."""
-    images = None if folder is None else load_textures(folder)
-    clip = render(seed, index, size=size, frames=frames, points=points, textures=images)
-    return clip.name[0], encode(clip, licence=licence)
+def _items(source: Path, options: Namespace) -> list[Item]:
+    """List the clips; with them goes what their bytes follow from beside the options."""
+    if options.clips < 1:
+        raise DataError(f"a set needs at least 1 clip, got {options.clips}")
+    images = "" if options.textures is None else _digest(load_textures(options.textures))
+    return [(index, images) for index in range(options.clips)]
 
 
-def _map(
-    job: partial[tuple[str, dict[str, bytes]]], clips: int, workers: int
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Run `job` on 0 to `clips` - 1, in order, here or in `workers` processes."""
-    if workers == 1:
-        yield from map(job, range(clips))
-        return
-    # Spawned, not forked: a forked child of a process that has used torch's threads may hang.
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-            yield from pool.map(job, range(clips))
-    except BrokenProcessPool:
-        raise DataError("a rendering process was killed, perhaps for want of memory; try fewer workers") from None
+def _read(source: Path, item: Item, options: Namespace) -> Samples:
+    """Render and encode one clip."""
+    images = None if options.textures is None else load_textures(options.textures)
+    size = (options.size[0], options.size[1])
+    clip = render(options.seed, int(item[0]), size=size, frames=options.frames, points=options.points, textures=images)
+    yield clip.name[0], encode(clip, licence=LICENCE if images is None else "that of the textures")
 
 
-def _start_worker() -> None:
-    """One thread a process; Ctrl-C is the parent's to handle."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+DATASET = Dataset(
+    name="synthetic",
+    about="clips rendered here, with exact tracks, visibility, flow, depth and segmentation",
+    licence=f"{LICENCE} (with --textures: that of the images)",
+    where="made on this machine; nothing to download",
+    layout="",
+    items=_items,
+    read=_read,
+    options=_options,
+    per_shard=16,
+    version=VERSION,
+    needs_source=False,
+)
 
 
 @lru_cache(maxsize=1)
@@ -155,18 +139,6 @@ def _digest(images: tuple[Tensor, ...]) -> str:
     return state.hexdigest()
 
 
-def cache_folder() -> Path:
-    """Give the folder for what can be made again: $TRACKPL_CACHE, or the platform's place for it."""
-    named = os.environ.get("TRACKPL_CACHE")
-    if named:
-        return Path(named)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "trackpl"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "trackpl"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trackpl"
-
-
 def default_set(split: str) -> Path:
     """Give the index of the embedded set "train" or "val", made on first use in the user's cache folder.
 
@@ -186,8 +158,6 @@ def default_set(split: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{split}.lock"):  # goes with its process, even a killed one
             if not index.exists():
-                for stale in folder.glob(f".{split}.*.partial"):
-                    shutil.rmtree(stale, ignore_errors=True)
                 _make_default(split, folder)
     except OSError as error:
         raise DataError(
