@@ -225,9 +225,7 @@ class ShardDataModule(LightningDataModule):
         if state and (state["seed"], state["sets"]) == (self.seed, self._digest()):
             self._counted = Progress(**state["counted"])
         elif state:
-            log.warning(
-                "the seed or the training shards are not those of the checkpoint: the order of clips is another"
-            )
+            log.warning("seed or training shards are not those of the checkpoint: the order of clips begins anew")
 
     def _digest(self) -> str:
         """Hash what the mixture is made of."""

@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from argparse import Namespace
@@ -98,7 +99,7 @@ def convert(
         options: of this data set (`make_options`); none: the defaults.
         workers: processes.
         part: (i, n): make only every n-th shard, beginning with the i-th; for n machines with a common `out`.
-        name: of the set; none: that of the data set and its split.
+        name: of the set; none: that of the data set and its variant.
         per_shard: items a shard; none: what suits the data set.
         overwrite: replace another set of that name, when the new one is complete.
         max_broken: items that may be left out because they cannot be read; the index lists them.
@@ -113,8 +114,7 @@ def convert(
     i, n = part
     if workers < 1 or not 1 <= i <= n or max_broken < 0 or (per_shard is not None and per_shard < 1):
         raise DataError(f"workers must be at least 1 and the part i/n with 1 <= i <= n, got {workers} and {i}/{n}")
-    split = getattr(options, "split", None)
-    name = name or dataset.name.replace("-", "_") + (f"_{split}" if split else "")
+    name = name or _name(dataset, options)
     check_name(name)
     if dataset.needs_source and not source.exists():
         raise DataError(f"{source} does not exist; it must be the folder (or file) of '{dataset.name}' to convert")
@@ -147,6 +147,13 @@ def convert(
         raise
     except OSError as error:
         raise DataError(f"cannot write the set to {out}: {error.strerror or error}") from None
+
+
+def _name(dataset: Dataset, options: Namespace) -> str:
+    """Name a set after its data set and the options that make it a variant: their values, or the name of a flag."""
+    values = [(option, getattr(options, option, None)) for option in dataset.variants]
+    parts = [option if value is True else str(value) for option, value in values if value]
+    return re.sub(r"[^A-Za-z0-9_]+", "_", "_".join([dataset.name, *parts]))
 
 
 def _recipe(dataset: Dataset, options: Namespace, items: Sequence[Item], per_shard: int) -> str:

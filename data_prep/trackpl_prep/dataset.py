@@ -41,6 +41,7 @@ class Dataset:
         read: makes the samples of one item, the same bytes each time; runs in other processes.
         options: adds the flags of this data set alone.
         per_shard: number of items a shard.
+        variants: options that tell sets made from one folder apart, and so go into their names.
         version: another number when the same folder makes other bytes than before.
         needs_source: whether there is a folder to read at all.
     """
@@ -54,6 +55,7 @@ class Dataset:
     read: Callable[[Path, Item, Namespace], Samples]
     options: Callable[[ArgumentParser], None] = no_options
     per_shard: int = 64
+    variants: tuple[str, ...] = ("split",)
     version: int = 1
     needs_source: bool = True
 
