@@ -86,11 +86,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "refuse":
             self.close_connection = True
             return
-        if (fault and fault.isdigit()) or path not in self.flaky.files:
-            self._send(int(fault) if fault else 404, b"no", {"Content-Length": "2"})
+        status = int(fault) if fault and fault.isdigit() else 200 if path in self.flaky.files else 404
+        if status != 200:
+            self._send(status, b"no", {"Content-Length": "2"})
             return
         body, headers = self.flaky.files[path], {}
-        status = 200
         if wanted and fault != "whole":
             first, last = (int(n) for n in wanted.removeprefix("bytes=").split("-"))
             if first >= len(body):

@@ -516,9 +516,9 @@ def _object(address: str, method: str, size: int, patience: Patience, **argument
     except TimeoutError:
         raise _FailedError(f"not all bytes within {patience.deadline(size):.0f} s") from None
     except Exception as error:  # these libraries raise anything
-        why = f"{type(error).__name__}: {str(error)[:300]}"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if _is_final(error):
-            raise DataError(f"{address} cannot be read: {why}") from None
+            raise DataError(f"{shown(address)} cannot be read: {why}; check the address and the credentials") from None
         raise _FailedError(why) from None
 
 

@@ -7,6 +7,7 @@ Each round reads every clip once by every way, in turn; the table gives the medi
 
 import argparse
 import io
+import itertools
 import multiprocessing
 import statistics
 import tempfile
@@ -58,7 +59,7 @@ def jpegs_of(index) -> list[list[bytes]]:
     for sample in index.samples:
         members = read_members(sample, ["video"])
         offsets = np.load(io.BytesIO(members["rgb.idx.npy"]))
-        out.append([members["rgb.bin"][a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)])
+        out.append([members["rgb.bin"][a:b] for a, b in itertools.pairwise(offsets)])
     return out
 
 
