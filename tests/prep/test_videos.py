@@ -248,6 +248,16 @@ def test_tracks_that_are_thinned_out_go_with_their_frames(source):
     assert clip.tracks[0, :, 0, 0].tolist() == [0, 4, 8]
 
 
+def test_other_tracks_make_another_set(source):
+    out = source.parent / "out"
+    (source / "walk.csv").write_text("point,frame,x,y\n0,0,1,2\n")
+    index = convert(DATASET, source, out, workers=2, quiet=True)
+    assert convert(DATASET, source, out, quiet=True) == index
+    (source / "walk.csv").write_text("point,frame,x,y\n0,0,1,3\n")
+    with pytest.raises(DataError, match="is another set"):
+        convert(DATASET, source, out, quiet=True)
+
+
 BAD = [
     ("point,frame,x,y\n0,0,1,2\n0,1,abc,2\n", r"line 3, column x: 'abc'; allowed: pixels"),
     ("point,frame,x,y\n0,0,1,nan\n", r"line 2, column y: 'nan'; allowed: pixels"),
