@@ -115,6 +115,12 @@ def test_decord_by_name_refuses_what_it_gets_wrong(clips, name):
         open_video(clips[name], "decord")
 
 
+def test_a_width_that_decord_cannot_give_is_read_all_the_same(tmp_path):
+    path = write_video(tmp_path / "a.mp4", [torch.full((3, 32, 48), 40 * i, dtype=torch.uint8) for i in range(4)], 10)
+    levels = open_video(path).read([0, 3]).float().mean((1, 2, 3))
+    assert (levels - torch.tensor([0.0, 120.0])).abs().max() < 3
+
+
 def test_without_decord_pyav_reads(clips, monkeypatch):
     monkeypatch.setattr(video, "_decord", lambda: None)
     reader = open_video(clips["intra"])

@@ -62,7 +62,7 @@ def describe(path: Path) -> dict[str, Any]:
             if not samples:
                 raise ValueError("shard has no samples")
             return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest, "samples": samples}
-    except (ValueError, OSError, tarfile.TarError) as error:
+    except (ValueError, OSError, tarfile.TarError, DataError) as error:
         raise DataError(f"{path} is no shard: {error}") from None
 
 

@@ -474,9 +474,9 @@ def _check_status(address: str, response: aiohttp.ClientResponse) -> None:
     if status not in (200, 206):
         do = {401: "it wants a password", 403: "it may not be read", 404: "there is no such file"}
         do |= {410: do[404], 416: "it is shorter than the index says"}
-        raise DataError(
-            f"{shown(address)} cannot be read: the server answers {what}: {do.get(status, 'check the address')}"
-        )
+        # A password that has run out is not a broken sample: it must stop a run.
+        kind = UnreachableError if status in (401, 403) else DataError
+        raise kind(f"{shown(address)} cannot be read: the server answers {what}: {do.get(status, 'check the address')}")
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise DataError(f"{shown(address)} cannot be read: the server compresses it, unasked; switch that off there")
 

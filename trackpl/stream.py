@@ -22,9 +22,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from trackpl.augment import resize, warp
 from trackpl.errors import DataError, UnreachableError
+from trackpl.handover import packed, unpacked
 from trackpl.order import Mixture, Progress, batch_of, permutation, random, share_of, steps_of
 from trackpl.shards import Sample, decode, open_members
-from trackpl.types import Batch, Clip
+from trackpl.types import Clip
 
 ATTEMPTS = 8  # samples that may be broken one after the other
 
@@ -84,31 +85,11 @@ class Loaded:
         return self if self.clip is None else dataclasses.replace(self, clip=self.clip.pin_memory())
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return _packed(self.clip), self.broken
+        return packed(self.clip), self.broken
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        object.__setattr__(self, "clip", _unpacked(state[0]))
+        object.__setattr__(self, "clip", unpacked(state[0]))
         object.__setattr__(self, "broken", state[1])
-
-
-_SMALL = 2**18  # bytes
-
-
-def _packed(value: Any) -> Any:
-    """Make a batch cheap to hand over: each tensor in shared memory costs a connection, so small ones go along."""
-    if isinstance(value, Tensor) and value.numel() * value.element_size() < _SMALL:
-        return value.contiguous().numpy()
-    if isinstance(value, Batch):
-        return type(value), {f.name: _packed(getattr(value, f.name)) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
-    return value
-
-
-def _unpacked(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
-        return value[0](**{name: _unpacked(x) for name, x in value[1].items()})
-    return value
 
 
 # Order ------------------------------------------------------------------------------------------------------

@@ -128,10 +128,12 @@ def open_video(path: str | Path, backend: str = "auto") -> VideoReader:
     if decord is None and backend == "decord":
         raise VideoError("decord is not installed: pip install decord2, or use the back end 'pyav'")
     reader = _Decord(path, index, decord) if decord is not None and index.plain else None
-    if reader is not None and len(reader.file) == index.frames:
+    if reader is not None and reader.reads_it():
         return reader
     if backend == "decord":
-        raise VideoError(f"decord does not read {path} faithfully (rotated, trimmed or not 8-bit): use 'pyav'")
+        raise VideoError(
+            f"decord does not read {path} faithfully (rotated, trimmed, not 8-bit or of an odd width): use 'pyav'"
+        )
     return _PyAV(path, index)
 
 
@@ -397,6 +399,13 @@ class _Decord(VideoReader):
         except (RuntimeError, decord.DECORDError) as error:
             raise VideoError(f"decord cannot open {path}: use the back end 'pyav'") from error
         self.error = decord.DECORDError
+
+    def reads_it(self) -> bool:
+        """Say whether it finds every frame, and can give one: of some widths (16, 32, 96, 144 ...) it cannot."""
+        try:
+            return len(self.file) == self.frames and self.file.get_batch([0]).shape[0] == 1
+        except self.error:
+            return False
 
     def _read(self, wanted: list[int]) -> np.ndarray:
         try:

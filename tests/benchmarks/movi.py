@@ -18,12 +18,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "prep"))
 
-from movi_scene import annotations, flows, movi_record, record, truth  # noqa: E402
-from trackpl_prep.dataset import make_options  # noqa: E402
-from trackpl_prep.movi import MOVI_E  # noqa: E402
-from trackpl_prep.movi_records import SCENE, read_features, scene_of  # noqa: E402
-from trackpl_prep.movi_tracks import depth_map, every_pixel, sample, track  # noqa: E402
-from trackpl_prep.tfrecord import read_record  # noqa: E402
+from movi_scene import annotations, flows, movi_record, record, truth
+from trackpl_prep.dataset import make_options
+from trackpl_prep.movi import MOVI_E
+from trackpl_prep.movi_records import SCENE, read_features, scene_of
+from trackpl_prep.movi_tracks import depth_map, every_pixel, sample, track
+from trackpl_prep.tfrecord import read_record
 
 
 def timed(name, work, repeat):

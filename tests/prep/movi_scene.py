@@ -3,8 +3,11 @@
 It shares no code with the converter: `Truth.move` knows by its own arithmetic where every pixel goes.
 """
 
+import struct
 from dataclasses import dataclass
 
+import cv2
+import google_crc32c
 import numpy as np
 
 RADIUS = 20.0  # of the dome, metres
@@ -82,9 +85,8 @@ def truth(frames=24, size=(256, 256), boxes=20, seed=0):
     v, u = np.meshgrid(np.arange(h) + 0.5, np.arange(w) + 0.5, indexing="ij")
     rays = np.stack([(u - w / 2) / focal, (h / 2 - v) / focal, -np.ones_like(u)], -1)
     rays /= np.linalg.norm(rays, axis=-1, keepdims=True)
-    seen = [
-        _trace(rotate(cameras[t], rays), centres[t], half, positions[:, t], quaternions[:, t]) for t in range(frames)
-    ]
+    poses = [(rotate(cameras[t], rays), centres[t], positions[:, t], quaternions[:, t]) for t in range(frames)]
+    seen = [_trace(half, *pose) for pose in poses]
     ids, points, normals, own = (np.stack(x) for x in zip(*seen, strict=True))
     return Truth(half, positions, quaternions, centres, cameras, focal, size, ids, points, normals, own)
 
@@ -157,3 +159,68 @@ def flows(world, step):
     values = np.stack(xy)[..., ::-1]
     low, high = np.float32(values.min()), np.float32(values.max())
     return np.rint((values - low) / (high - low) * 65535).clip(0, 65535).astype(np.uint16), np.array([low, high])
+
+
+# The published files, written here --------------------------------------------------------------------------
+
+
+def varint(value):
+    """Encode one integer."""
+    out = bytearray()
+    value &= 2**64 - 1
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def field(number, body):
+    """Encode a length-delimited field."""
+    return varint(number << 3 | 2) + varint(len(body)) + body
+
+
+def feature(value):
+    """Encode a Feature of byte strings, floats or integers, packed."""
+    if isinstance(value, bytes | list):
+        return field(1, b"".join(field(1, v) for v in ([value] if isinstance(value, bytes) else value)))
+    value = np.asarray(value)
+    if value.dtype.kind == "f":
+        return field(2, field(1, value.astype("<f4").tobytes()))
+    return field(3, field(1, b"".join(map(varint, value.ravel().tolist()))))
+
+
+def example(features):
+    """Encode an Example."""
+    entries = (field(1, field(1, key.encode()) + field(2, feature(value))) for key, value in features.items())
+    return field(1, b"".join(entries))
+
+
+def masked(data):
+    """Return the masked CRC-32C of TFRecord files as four bytes."""
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32)
+
+
+def record(payload):
+    """Frame one record."""
+    length = struct.pack("<Q", len(payload))
+    return length + masked(length) + payload + masked(payload)
+
+
+def png(image):
+    """Encode one image, of 8 or 16 bits, grey or RGB."""
+    return cv2.imencode(".png", image[..., ::-1] if image.shape[-1] == 3 else image)[1].tobytes()
+
+
+def movi_record(features, name="scene_0", **changes):
+    """Encode a clip as a record of MOVi: image features as PNGs, and the sizes."""
+    frames, height, width = features["segmentations"].shape[:3]
+    out = {k: [png(f) for f in v] if "/" not in k and "flow" not in k else v for k, v in features.items()}
+    sizes = {
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "num_instances": len(features["instances/bboxes_3d"]),
+    }
+    out |= {f"metadata/{k}": np.array(v) for k, v in sizes.items()}
+    return example(out | {"metadata/video_name": name.encode(), "background": b"dome"} | changes)
