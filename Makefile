@@ -16,6 +16,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy data_prep/trackpl_prep
 
 install: $(READY)
 

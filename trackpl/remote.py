@@ -22,22 +22,20 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from errno import EINVAL, ENAMETOOLONG, ENOSYS, EPERM
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
 
+from trackpl.addresses import parse, shown
 from trackpl.cache import Cache, CacheError, default_cache
 from trackpl.errors import DataError, UnreachableError
 
 if TYPE_CHECKING:
     import aiohttp
 
-__all__ = ["Patience", "beside", "is_remote", "local_path", "read_file", "read_sample", "shown"]
+__all__ = ["Patience", "read_file", "read_sample"]
 
 log = logging.getLogger("trackpl.remote")
 T = TypeVar("T")
 MAX_SAMPLE = 2**31  # bytes
-_ALLOWED = "a local path (./ before one with a colon), file:///..., http://..., https://..., s3://bucket/... or gs://bucket/..."
 _jitter = random.SystemRandom()  # of its own: the seeded ones decide what a training step sees
 
 
@@ -77,94 +75,6 @@ class Patience:
         return self.connect + self.stall + size / self.slowest
 
 
-# Addresses --------------------------------------------------------------------------------------------------
-
-
-def is_remote(address: str | os.PathLike[str]) -> bool:
-    """Say whether an address is to be fetched (http, https, s3, gs or gcs), rather than a local path or file:// one.
-
-    Raises:
-        DataError: an address of any other kind, or one that is incomplete.
-    """
-    return _parse(address)[0] != "file"
-
-
-def local_path(address: str | os.PathLike[str]) -> Path:
-    """Return the path that a local address names, itself a path or ``file:///path``.
-
-    Raises:
-        DataError: the address is not local, or of a kind that is not allowed.
-    """
-    scheme, rest = _parse(address)
-    if scheme != "file":
-        raise DataError(f"'{shown(address)}' is no local path")
-    return Path(rest)
-
-
-def beside(address: str, name: str) -> str:
-    """Return the address of the file `name` in the folder of the file that `address` names."""
-    scheme, rest = _parse(address)
-    if scheme == "file":
-        return str(Path(rest).with_name(name))
-    if scheme in ("s3", "gs"):
-        return f"{scheme}://{rest.rpartition('/')[0]}/{name}"
-    parts = urlsplit(f"{scheme}:{rest}")
-    return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))
-
-
-def shown(address: str | os.PathLike[str]) -> str:
-    """Return an address as it may be printed: without the password and the query, which often holds a key."""
-    text = os.fspath(address)[:500]
-    text = re.sub(r"^([A-Za-z][\w+.-]*://)[^/@?#]*@", r"\1", text)
-    return re.sub(r"\?.*", "?...", text, flags=re.DOTALL) if re.match(r"https?:", text, re.IGNORECASE) else text
-
-
-def _parse(address: str | os.PathLike[str]) -> tuple[str, str]:
-    """Split an address into its scheme (file, http, https, s3, gs) and path, ``bucket/key`` or the rest of the URL."""
-    text = os.fspath(address)
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
-    drive = re.match(r"[A-Za-z]:[\\/]", text)
-    if "\0" in text:
-        raise _refused(address, "it has a zero byte")
-    if found is None or drive:
-        return "file", text
-    scheme, rest = found[1].lower().replace("gcs", "gs"), text[found.end() :]
-    if scheme == "file":
-        return scheme, _file(address, rest)
-    if scheme not in ("http", "https", "s3", "gs"):
-        raise _refused(address, f"'{found[1]}:' is not allowed")
-    if re.search(r"[\x00-\x20\x7f]", text):
-        raise _refused(address, "it has a space or control character; write it as %20")
-    if not rest.startswith("//"):
-        raise _refused(address, f"'{found[1]}:' must be followed by //")
-    if scheme in ("s3", "gs"):
-        bucket, _, key = rest[2:].partition("/")
-        if not re.fullmatch(r"[\w.-]+", bucket) or not key or "::" in key:
-            raise _refused(address, "it must name a bucket and a file in it")
-        return scheme, rest[2:]
-    try:
-        parts = urlsplit(f"{scheme}:{rest}")
-        whole = bool(parts.hostname) and parts.port != 0 and not parts.fragment
-    except ValueError:
-        whole = False
-    if not whole or "::" in parts.path + parts.query:
-        raise _refused(address, "it must name one host and one file there")
-    return scheme, rest
-
-
-def _file(address: str | os.PathLike[str], rest: str) -> str:
-    """Return the path of a ``file:`` address without its scheme."""
-    host, slash, path = rest[2:].partition("/") if rest.startswith("//") else ("", rest[:1], rest[1:])
-    path = unquote(path, errors="surrogateescape")
-    if slash != "/" or host not in ("", "localhost") or "\0" in path:
-        raise _refused(address, "a file: address must hold an absolute path")
-    return path if re.match(r"[A-Za-z]:[\\/]", path) else f"/{path}"
-
-
-def _refused(address: str | os.PathLike[str], why: str) -> DataError:
-    return DataError(f"'{shown(address)}' is no address of a set of shards: {why}; allowed: {_ALLOWED}")
-
-
 # Reading ----------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +86,7 @@ def read_file(address: str, limit: int, *, patience: Patience | None = None) -> 
         DataError: there is no such file, it may not be read, or it is longer than `limit`.
     """
     patience = patience or Patience.from_environment()
-    if _parse(address)[0] in ("s3", "gs"):
+    if parse(address)[0] in ("s3", "gs"):
         return _insist(shown(address), lambda _: _object_file(address, limit, patience), patience)
 
     def attempt(number: int) -> bytes:
@@ -259,7 +169,7 @@ def _fetch(piece: _Piece, patience: Patience, through: bool = False) -> bytes:
     """Fetch and verify a sample; `through`: read all that lies before it, where the server gives no ranges."""
 
     def attempt(number: int) -> bytes:
-        if _parse(piece.shard)[0] in ("s3", "gs"):
+        if parse(piece.shard)[0] in ("s3", "gs"):
             data = _object_range(piece.shard, piece.offset, piece.size, patience)
         else:
             data = _run(_http_range, piece.shard, piece.offset, piece.size, through, number, patience)
@@ -504,7 +414,7 @@ def _object(address: str, method: str, size: int, patience: Patience, **argument
     """Call a method of the file system of an address on its ``bucket/key``."""
     from fsspec.asyn import sync
 
-    scheme, path = _parse(address)
+    scheme, path = parse(address)
     try:
         system = _file_system(scheme)
         if not system.async_impl:

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 
 from trackpl.errors import DataError, closest
+from trackpl.handover import stack
 from trackpl.images import MAX_AREA, MAX_SIDE, decode_image
 from trackpl.parsing import number, read_json, read_npy, whole
 from trackpl.types import Camera, Clip, Flow
@@ -242,10 +243,12 @@ class _Members:
         return np.unpackbits(rows, axis=1, count=area).astype(bool).reshape(len(wanted), *shape)
 
     def video(self, frames: Sequence[int]) -> np.ndarray:
-        h, w = self.meta["H"], self.meta["W"]
-        out = np.empty((len(frames), h, w, 3), np.uint8)
-        for i, (frame, image) in enumerate(zip(frames, self.chunks("rgb", frames, self.meta["T"]), strict=True)):
-            decode_image(image, f"sample '{self.name}', member rgb.bin: frame {frame}", out[i])
+        images = self.chunks("rgb", frames, self.meta["T"])
+
+        def fill(i: int, out: np.ndarray) -> None:
+            decode_image(images[i], f"sample '{self.name}', member rgb.bin: frame {frames[i]}", out)
+
+        out = stack(len(frames), (self.meta["H"], self.meta["W"], 3), fill)
         return out.transpose(0, 3, 1, 2)  # a view: whoever joins or moves the clip copies it anyway
 
     def depths(self, name: str, wanted: Sequence[int], count: int, span: list[float]) -> np.ndarray:

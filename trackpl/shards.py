@@ -22,11 +22,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trackpl.addresses import beside, is_remote, local_path, shown
 from trackpl.archives import BLOCK, check_header, write_tar
 from trackpl.encoding import encode
 from trackpl.errors import DataError
 from trackpl.parsing import read_json, whole
-from trackpl.remote import beside, is_remote, local_path, read_file, read_sample, shown
+from trackpl.remote import read_file, read_sample
 from trackpl.samples import EXTENSIONS, FIELDS, MAX_COUNT, MEMBERS, SCHEMA, Member, check_fields, decode
 
 __all__ = [

@@ -142,6 +142,7 @@ DATASET = Dataset(
     where="https://github.com/benjiebob/BADJA (joint_annotations), with DAVIS-2017 at full resolution as DAVIS/",
     layout=LAYOUT,
     items=items,
+    benchmark=True,
     read=read,
     per_shard=1,
 )

@@ -67,10 +67,14 @@ def check(
         verify_shards(index)
     order = np.random.default_rng(seed).permutation(len(index.samples))
     chosen = [index.samples[i] for i in (order[:samples] if samples else range(len(index.samples)))]
-    facts, broken = [], []
+    facts: list[dict[str, Any]] = []
+    broken: list[str] = []
     with tqdm(total=len(chosen), desc=f"reading {index.name}", unit="clip", dynamic_ncols=True) as bar:
         for fact in _examine_all(chosen, workers):
-            (broken if isinstance(fact, str) else facts).append(fact)
+            if isinstance(fact, str):
+                broken.append(fact)
+            else:
+                facts.append(fact)
             bar.update()
     summary = _summary(index, facts)
     summary |= {"address": str(address), "checked": len(chosen), "broken": broken, "meta": index.meta}
@@ -173,7 +177,7 @@ def _summary(index: Index, facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _text(index: Index, summary: dict[str, Any]) -> str:
     """Say it in a few lines."""
     r = summary["ranges"]
-    lines = [f"{index.name}: {summary['clips']} clips in {summary['shards']} shards, {summary['bytes'] / 1e6:.1f} MB"]
+    lines = [f"{index.name}: {counts(summary['clips'], summary['shards'], summary['bytes'])}"]
     lines.append(f"  source {index.meta.get('source', 'unknown')}, licence {index.meta.get('licence') or 'not stated'}")
     lines.append("  fields " + ", ".join(f"{k} ({n})" for k, n in summary["fields"].items()))
     lines.append("  frames " + _span(r.get("frames")) + ", sizes " + ", ".join(summary["sizes"]))
@@ -195,6 +199,12 @@ def _text(index: Index, summary: dict[str, Any]) -> str:
     lines += [f"  ! {m}" for m in summary["broken"][:10]]
     verdict = f"{len(summary['broken'])} broken" if summary["broken"] else "all whole"
     return "\n".join([*lines, f"  {summary['checked']} samples read: {verdict}"])
+
+
+def counts(clips: int, shards: int, size: int) -> str:
+    """Say how large a set is."""
+    several = "s" if shards > 1 else ""
+    return f"{clips} clip{'s' if clips > 1 else ''} in {shards} shard{several}, {tqdm.format_sizeof(size, 'B', 1000)}"
 
 
 def _span(fact: Any) -> str:

@@ -124,8 +124,11 @@ def _convert(dataset: Dataset, verb: str, args: list[str]) -> int:
         print(f"part {options.part} is done; the index follows when the last part is, in {options.out}")
         return 0
     _say(index)
-    print(f"look at them:  trackpl data check {index}")
-    print(f"train on them: trackpl fit --config crw_multiscale --data.train {index}")
+    print(f"look at it:  trackpl data check {index}")
+    if dataset.scores(own):
+        print(f"score on it: trackpl validate --model NAME --data.val '{{{dataset.name}: {index}}}'")
+    else:
+        print(f"train on it: trackpl fit --config crw_multiscale --data.train {index}")
     return 0
 
 
@@ -170,10 +173,10 @@ def _part(text: str) -> tuple[int, int]:
 
 def _say(path: Path) -> None:
     from trackpl.shards import read_index
+    from trackpl_prep.check import counts
 
     index = read_index(path)
-    size = sum(s.bytes for s in index.shards)
-    print(f"{len(index.samples)} clips, {len(index.shards)} shards, {size / 1e6:.1f} MB: {path}")
+    print(f"{counts(len(index.samples), len(index.shards), sum(s.bytes for s in index.shards))}: {path}")
     for message in index.meta.get("broken", []):
         print(f"  left out: {message}")
 

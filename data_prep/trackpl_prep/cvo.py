@@ -136,6 +136,7 @@ DATASET = Dataset(
     where="https://huggingface.co/datasets/16lemoing/cvo (cvo_test.lmdb 18.3 GB, cvo_test_extended.lmdb 21 GB)",
     layout=LAYOUT,
     items=items,
+    benchmark=True,
     read=read,
     options=options,
     per_shard=32,

@@ -42,6 +42,7 @@ class Dataset:
         options: adds the flags of this data set alone.
         per_shard: number of items a shard.
         variants: options that tell sets made from one folder apart, and so go into their names.
+        benchmark: whether it is there to score on, whatever the split.
         version: another number when the same folder makes other bytes than before.
         needs_source: whether there is a folder to read at all.
     """
@@ -57,6 +58,12 @@ class Dataset:
     per_shard: int = 64
     variants: tuple[str, ...] = ("split",)
     version: int = 1
+    benchmark: bool = False
+
+    def scores(self, options: Namespace) -> bool:
+        """Say whether what these options make is to score on, rather than to train on."""
+        return self.benchmark or getattr(options, "split", None) in ("val", "valid", "validation", "test", "testing")
+
     needs_source: bool = True
 
 

@@ -84,6 +84,7 @@ DATASET = Dataset(
     where="https://davischallenge.org/davis2017/code.html, 'TrainVal - Images and Annotations (480p)', 0.8 GB",
     layout=LAYOUT,
     items=items,
+    benchmark=True,
     read=read,
     options=add_options,
     per_shard=16,

@@ -119,6 +119,7 @@ DATASET = Dataset(
     where="http://jhmdb.is.tue.mpg.de: Rename_Images, joint_positions and splits; 928 clips, 1 GB",
     layout=LAYOUT,
     items=items,
+    benchmark=True,
     read=read,
     options=add_options,
 )

@@ -139,5 +139,6 @@ DATASETS = (
         read=read,
         options=view_options,
         per_shard=16,
+        variants=("split", "skip_annotated"),
     ),
 )

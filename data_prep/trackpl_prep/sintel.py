@@ -98,4 +98,5 @@ DATASET = Dataset(
     read=read,
     options=options,
     per_shard=4,
+    variants=("split", "rendering"),
 )

@@ -145,6 +145,7 @@ def _dataset(
         where=where,
         layout=layout,
         items=partial(items, folder=folder, pattern=pattern, layout=layout),
+        benchmark=True,
         read=partial(read, whole="*" not in pattern, licence=licence, fps=fps),
         per_shard=8,
     )

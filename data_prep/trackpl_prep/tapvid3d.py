@@ -165,6 +165,7 @@ DATASET = Dataset(
     where="https://tapvid3d.github.io (the annotations; clips are generated from the three sources by the user)",
     layout=LAYOUT,
     items=items,
+    benchmark=True,
     read=read,
     options=options,
     per_shard=16,
