@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from trackpl.augment import Augment
 from trackpl.errors import DataError
+from trackpl.handover import SLOTS
 from trackpl.order import Progress
 from trackpl.shards import Index, Sample, check_fields, read_index, verify_shards
 from trackpl.stream import Broken, ClipStream, EachOnce, SeededClip, TrainDraws, Wanted
@@ -287,6 +288,7 @@ class ShardDataModule(LightningDataModule):
             samples,
             before,
             num_workers=workers,
+            prefetch_factor=SLOTS - 1 if workers else None,
             multiprocessing_context=self.worker_start if workers else None,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=persistent and workers > 0,

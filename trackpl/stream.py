@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from trackpl.augment import resize, warp
 from trackpl.errors import DataError, UnreachableError
-from trackpl.handover import packed, unpacked
+from trackpl.handover import handing_over, pack, unpack
 from trackpl.order import Mixture, Progress, batch_of, permutation, random, share_of, steps_of
 from trackpl.shards import Sample, decode, open_members
 from trackpl.types import Clip
@@ -83,13 +83,6 @@ class Loaded:
     def pin_memory(self) -> Loaded:
         """Pin the batch."""
         return self if self.clip is None else dataclasses.replace(self, clip=self.clip.pin_memory())
-
-    def __getstate__(self) -> tuple[Any, ...]:
-        return packed(self.clip), self.broken
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        object.__setattr__(self, "clip", unpacked(state[0]))
-        object.__setattr__(self, "broken", state[1])
 
 
 # Order ------------------------------------------------------------------------------------------------------
@@ -214,11 +207,35 @@ class ClipStream(webdataset.DataPipeline):
     def __len__(self) -> int:
         return self.draws.steps
 
-    def __iter__(self) -> Iterator[Loaded | DataError]:
+    def __iter__(self) -> Iterator[Loaded | Packed | DataError]:
+        """Yield batches, packed where they are for another process."""
         try:
-            yield from super().__iter__()
+            with handing_over() as hand:
+                if hand is not None:
+                    hand.next()
+                for loaded in super().__iter__():
+                    if hand is None:
+                        yield loaded
+                        continue
+                    yield Packed(pack(loaded.clip, hand), loaded.broken)
+                    hand.next()
         except DataError as error:
             yield error
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A `Loaded` on its way to another process, where it is that again."""
+
+    clip: Any
+    broken: tuple[Broken, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (self.clip, self.broken)
+
+
+def _arrived(clip: Any, broken: tuple[Broken, ...]) -> Loaded:
+    return Loaded(unpack(clip), broken)
 
 
 class Cut:
