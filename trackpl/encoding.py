@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
 from torch import Tensor
 
 from trackpl.errors import DataError
-from trackpl.images import decode_image, encode_png, image_size
+from trackpl.images import decode_image, encode_jpeg, encode_png, image_size
 from trackpl.samples import FIELDS, INFINITE, SCHEMA, check_source
 from trackpl.types import Clip, Flow
 
@@ -28,7 +27,6 @@ def encode(
     quality: int | None = 95,
     licence: str = "",
     *,
-    chroma: str = "444",
     images: Sequence[bytes] | None = None,
     exact_flow: bool = False,
     source: Mapping[str, Any] | None = None,
@@ -40,9 +38,8 @@ def encode(
 
     Args:
         clip: what to store.
-        quality: of the JPEG frames; none stores them without loss.
+        quality: of the JPEG frames, 1 to 100 (see `encode_jpeg`); none stores them without loss.
         licence: goes along with the sample.
-        chroma: of the JPEG frames, "444" or "420" (colours at half the resolution: a third smaller and faster to read).
         images: the original JPEG or PNG bytes of every frame, stored untouched in place of `clip.video`.
         exact_flow: store the flow as the float32 that it is.
         source: facts of the original, such as its frame numbers; small, and JSON.
@@ -59,7 +56,7 @@ def encode(
     meta["fields"] = [f for f in FIELDS if getattr(clip, f) is not None]
     if source:
         meta["source"] = check_source(dict(source))
-    out = _join("rgb", _frames(clip.video[0], quality, chroma) if images is None else _originals(images, (t, h, w)))
+    out = _join("rgb", _frames(clip.video[0], quality) if images is None else _originals(images, (t, h, w)))
     for field, values in (("tracks", clip.tracks), ("track_depth", clip.track_depth), ("queries", clip.queries)):
         if values is not None:
             out[f"{field}.npy"] = _npy(_finite(field, values[0]).astype("<f4"))
@@ -86,12 +83,12 @@ def encode(
     return out
 
 
-def _frames(video: Tensor, quality: int | None, chroma: str) -> list[bytes]:
+def _frames(video: Tensor, quality: int | None) -> list[bytes]:
     """Encode (T, 3, H, W), one image a frame."""
     if video.is_floating_point():
         video = (video.clamp(0, 1) * 255).round().to(torch.uint8)
     frames = np.ascontiguousarray(video.permute(0, 2, 3, 1).cpu().numpy())
-    return [encode_png(f) if quality is None else simplejpeg.encode_jpeg(f, quality, "RGB", chroma) for f in frames]
+    return [encode_png(f) if quality is None else encode_jpeg(f, quality) for f in frames]
 
 
 def _originals(images: Sequence[bytes], shape: tuple[int, int, int]) -> Sequence[bytes]:

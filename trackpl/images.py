@@ -53,6 +53,17 @@ def image_size(data: bytes | memoryview, name: str = "image") -> tuple[int, int]
     return h, w
 
 
+def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
+    """Encode (H, W, 3) uint8 RGB; from 95 on with full colour, below that with colours at half the resolution.
+
+    Raises:
+        DataError: the quality is not in 1 to 100.
+    """
+    if not 1 <= quality <= 100:
+        raise DataError(f"the quality of a JPEG must be 1 to 100, got {quality}")
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "444" if quality >= 95 else "420")
+
+
 def encode_png(image: np.ndarray) -> bytes:
     """Encode (H, W, 3) uint8 RGB without loss."""
     buffer = io.BytesIO()

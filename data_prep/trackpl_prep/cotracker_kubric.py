@@ -19,7 +19,7 @@ import torch
 from trackpl.encoding import encode
 from trackpl.errors import DataError
 from trackpl.types import Camera, Clip
-from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
+from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of, quality_option
 from trackpl_prep.frames import Frames, list_names, load_frames, read_bytes
 from trackpl_prep.movi_tracks import matrices
 from trackpl_prep.pickles import load_npy
@@ -43,7 +43,7 @@ _STANDS = 0.1  # share of the tracks
 
 def options(parser: ArgumentParser) -> None:
     """Add --quality and --lossless."""
-    parser.add_argument("--quality", type=int, default=95, metavar="Q", help="of the JPEG frames (default: 95)")
+    quality_option(parser)
     parser.add_argument("--lossless", action="store_true", help="keep the PNG files: larger, and slower to decode")
 
 
@@ -129,8 +129,6 @@ def annotation(path: Path) -> dict[str, Any]:
 
 def clip_frames(folder: Path, options: Namespace) -> Frames:
     """Read the frames of a clip as JPEG of --quality, or as they are if --lossless."""
-    if not 1 <= options.quality <= 100:
-        raise DataError(f"--quality must be 1 to 100, got {options.quality}")
     home = folder / "frames"
     names = list_names(home, [".png", ".jpg"])
     if not names:

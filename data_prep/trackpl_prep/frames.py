@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from trackpl.errors import DataError
-from trackpl.images import MAX_AREA, MAX_SIDE, decode_image, encode_png
+from trackpl.images import MAX_AREA, MAX_SIDE, decode_image, encode_jpeg, encode_png
 from trackpl.parsing import read_json
 
 MAX_PICTURE = 2**28  # bytes of one file
@@ -164,10 +163,10 @@ def load_frames(
 
 
 def encode_pixels(pixels: np.ndarray, quality: int | None) -> bytes:
-    """Encode (H, W, 3) uint8 RGB as JPEG 4:4:4, or as PNG where `quality` is none."""
+    """Encode (H, W, 3) uint8 RGB as JPEG, or as PNG where `quality` is none."""
     if quality is None:
         return encode_png(pixels)
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, "RGB", "444")
+    return encode_jpeg(pixels, quality)
 
 
 def resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 
 from trackpl.errors import DataError
 from trackpl_prep import movi_tracks
-from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
+from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of, quality_option
 from trackpl_prep.movi_records import SCENE, flow_of, read_features, scene_of
 from trackpl_prep.tfrecord import read_record, record_offsets
 
@@ -48,6 +48,7 @@ def options(parser: ArgumentParser, split: str = "train", points: int = 2048, lo
     add("--seed", type=int, default=0, help="another seed gives other tracks")
     add("--dense", choices=("none", "first", "last", "both"), default="none", help="dense tracks of these frames")
     add("--flow", choices=("none", "computed", "published"), default="none", help="flow to the frames before and after")
+    quality_option(parser)
     add("--lossless", action=BooleanOptionalAction, default=lossless, help="keep the original PNG frames")
     for field in ("depth", "labels", "camera"):
         add(f"--{field}", action=BooleanOptionalAction, default=True, help=f"keep the {field}")
@@ -195,7 +196,7 @@ def sample_of(
         fps=fps,
         **fields,
     )
-    return encode(clip, licence=licence, images=images, source=about)
+    return encode(clip, options.quality, licence, images=images, source=about)
 
 
 def _known(points: movi_tracks.Points) -> np.ndarray:

@@ -24,7 +24,7 @@ from trackpl.cache import cache_folder
 from trackpl.encoding import encode
 from trackpl.errors import DataError, closest
 from trackpl_prep.convert import convert
-from trackpl_prep.dataset import Dataset, Item, Samples
+from trackpl_prep.dataset import Dataset, Item, Samples, quality_option
 from trackpl_prep.rendering import VERSION, render
 
 __all__ = ["DEFAULT_SETS", "VERSION", "cache_folder", "default_set", "load_textures", "make", "render"]
@@ -58,7 +58,9 @@ def make(
             `overwrite`).
     """
     folder = None if textures is None else Path(textures)
-    options = Namespace(clips=clips, seed=seed, size=list(size), frames=frames, points=points, textures=folder)
+    options = Namespace(
+        clips=clips, seed=seed, size=list(size), frames=frames, points=points, quality=95, textures=folder
+    )
     index = convert(DATASET, "", out, options, workers=workers, name=name, overwrite=overwrite)
     if index is None:
         raise DataError(f"another process is making the set '{name}' in {out}")
@@ -72,6 +74,7 @@ def _options(parser: ArgumentParser) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=[256, 256], metavar=("H", "W"), help="pixels")
     parser.add_argument("--frames", type=int, default=24, metavar="T", help="frames in each clip")
     parser.add_argument("--points", type=int, default=256, metavar="N", help="tracks in each clip")
+    quality_option(parser)
     parser.add_argument("--textures", type=Path, metavar="DIR", help="images to use as textures")
 
 
@@ -88,7 +91,7 @@ def _read(source: Path, item: Item, options: Namespace) -> Samples:
     images = None if options.textures is None else load_textures(options.textures)
     size = (options.size[0], options.size[1])
     clip = render(options.seed, int(item[0]), size=size, frames=options.frames, points=options.points, textures=images)
-    yield clip.name[0], encode(clip, licence=LICENCE if images is None else "that of the textures")
+    yield clip.name[0], encode(clip, options.quality, LICENCE if images is None else "that of the textures")
 
 
 DATASET = Dataset(

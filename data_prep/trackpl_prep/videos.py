@@ -26,7 +26,7 @@ from trackpl.encoding import encode
 from trackpl.errors import DataError, VideoError, closest
 from trackpl.types import Clip
 from trackpl.video import FEW, IMAGES, VideoReader, open_video
-from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
+from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of, quality_option
 from trackpl_prep.frames import (
     Frames,
     encode_pixels,
@@ -60,7 +60,7 @@ def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--segment", type=int, default=64, metavar="T", help="frames a sample at most; 0: whole")
     add("--short-side", type=int, metavar="N", help="scale frames down to N pixels on the shorter side")
-    add("--quality", type=int, default=95, metavar="Q", help="of the JPEG of frames that are encoded")
+    quality_option(parser)
     add("--lossless", action="store_true", help="store PNG instead of JPEG; PNG frames are then kept untouched")
     add("--every", type=int, default=1, metavar="K", help="keep every K-th frame")
     add("--fps", type=float, metavar="F", help="keep at most F frames a second of video files")
@@ -77,8 +77,6 @@ def _check(options: Namespace) -> None:
         raise DataError(f"--segment {options.segment}: allowed is 0 (whole videos) or at least 2 frames")
     if options.short_side is not None and options.short_side < 16:
         raise DataError(f"--short-side {options.short_side}: allowed is a whole number of pixels from 16 on")
-    if not 1 <= options.quality <= 100:
-        raise DataError(f"--quality {options.quality}: allowed is 1 to 100")
     if options.every < 1:
         raise DataError(f"--every {options.every}: allowed is a whole number from 1 on")
     if options.fps is not None and not (math.isfinite(options.fps) and options.fps > 0):

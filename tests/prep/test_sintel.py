@@ -40,7 +40,7 @@ def make(root: Path, **options):
 def test_the_published_tree_gives_the_expected_arrays(sintel, golden, rendering):
     index, (members,) = make(sintel, rendering=rendering)
     clip = decode(members)
-    assert index.name == "sintel_training" and index.samples[0].key == f"alley_x-{rendering}"
+    assert index.name == f"sintel_training_{rendering}" and index.samples[0].key == f"alley_x-{rendering}"
     assert clip.name == (f"{rendering}/alley_x",) and clip.fps == 24
     assert clip.frames == 3 and clip.flow.pairs == ((0, 1), (1, 2))
     flows = clip.flow.xy[0].permute(0, 2, 3, 1)
@@ -92,7 +92,7 @@ def test_the_test_split_has_frames_only(sintel):
     shutil.move(sintel / "training" / "clean", sintel / "test" / "clean")
     shutil.copytree(sintel / "test" / "clean" / "alley_x", sintel / "test" / "clean" / "a_first")
     index, found = make(sintel, split="test")
-    assert index.name == "sintel_test"
+    assert index.name == "sintel_test_clean"
     assert [decode(m).name[0] for m in found] == ["clean/a_first", "clean/alley_x"]
     assert all(decode(m).flow is None and decode(m).frames == 3 for m in found)
 

@@ -366,7 +366,7 @@ def test_too_few_frames(tmp_path):
     [
         ({"segment": 1}, "--segment 1: allowed"),
         ({"short_side": 4}, "--short-side 4: allowed"),
-        ({"quality": 0}, "--quality 0: allowed is 1 to 100"),
+        ({"quality": 0}, "must be 1 to 100, got 0"),
         ({"every": 0}, "--every 0: allowed"),
         ({"fps": 0.0}, "--fps 0.0: allowed"),
         ({"fps": 5.0, "every": 2}, "give one of them"),
