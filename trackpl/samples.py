@@ -232,8 +232,10 @@ class _Members:
         """Read integer planes (len(wanted), *shape), undoing the difference to the row above."""
         kind = np.dtype(f"<{dtype}")
         out = np.empty((len(wanted), *shape), kind)
-        for i, data in enumerate(self.inflate(name, wanted, count, math.prod(shape) * kind.itemsize)):
-            np.cumsum(np.frombuffer(data, kind).reshape(shape), axis=-2, dtype=kind, out=out[i])
+        for plane, data in zip(out, self.inflate(name, wanted, count, math.prod(shape) * kind.itemsize), strict=True):
+            plane[:] = np.frombuffer(data, kind).reshape(shape)
+        for row in range(1, shape[-2]):  # of all planes at once: several times as fast as cumsum along columns
+            np.add(out[..., row, :], out[..., row - 1, :], out=out[..., row, :])
         return out
 
     def bits(self, name: str, wanted: Sequence[int], count: int, shape: tuple[int, int]) -> np.ndarray:
@@ -254,7 +256,9 @@ class _Members:
     def depths(self, name: str, wanted: Sequence[int], count: int, span: list[float]) -> np.ndarray:
         low, high = span
         codes = self.planes(name, wanted, count, (self.meta["H"], self.meta["W"]), "u2")
-        values = (codes * ((high - low) / (INFINITE - 1)) + low).astype(np.float32)
+        values = codes.astype(np.float32)
+        values *= np.float32((high - low) / (INFINITE - 1))
+        values += np.float32(low)
         values[codes == INFINITE] = np.inf
         return values
 
@@ -277,7 +281,7 @@ class _Members:
         if "depth_range" in meta:
             more["depth"] = torch.from_numpy(self.depths("flow_depth", wanted, count, meta["depth_range"]))[None]
         pairs = tuple((new[meta["pairs"][i][0]], new[meta["pairs"][i][1]]) for i in wanted)
-        return Flow(xy if exact else xy.float() / meta["scale"], pairs, **more)
+        return Flow(xy if exact else xy.float().mul_(1 / meta["scale"]), pairs, **more)
 
 
 def _checked_meta(sample: _Members) -> dict[str, Any]:
