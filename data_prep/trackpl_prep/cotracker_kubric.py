@@ -20,9 +20,9 @@ from trackpl.encoding import encode
 from trackpl.errors import DataError
 from trackpl.types import Camera, Clip
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of, quality_option
-from trackpl_prep.frames import Frames, list_names, load_frames, read_bytes
+from trackpl_prep.files.frames import Frames, list_names, load_frames, read_bytes
+from trackpl_prep.files.pickles import load_npy
 from trackpl_prep.movi_tracks import matrices
-from trackpl_prep.pickles import load_npy
 from trackpl_prep.tapvid import numbers
 
 LAYOUT = """

@@ -14,9 +14,9 @@ import numpy as np
 
 from trackpl.errors import DataError
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
-from trackpl_prep.flow_files import Motion, flow_sample
-from trackpl_prep.lmdb_files import read_values
-from trackpl_prep.pickles import load
+from trackpl_prep.files.flow import Motion, flow_sample
+from trackpl_prep.files.lmdb import read_values
+from trackpl_prep.files.pickles import load
 
 LICENCE = "CVO (AccFlow, ICCV 2023), test sets as published with DOT: MIT"
 LAYOUT = """

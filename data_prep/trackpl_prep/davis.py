@@ -9,7 +9,7 @@ from trackpl.encoding import encode
 from trackpl.errors import DataError, closest
 from trackpl.types import Clip
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
-from trackpl_prep.frames import list_names, load_frames, load_mask_stack, numbering, numbers_of, read_bytes
+from trackpl_prep.files.frames import list_names, load_frames, load_mask_stack, numbering, numbers_of, read_bytes
 
 FPS = 24.0
 RESOLUTIONS = ("480p", "Full-Resolution")

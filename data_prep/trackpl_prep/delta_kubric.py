@@ -22,7 +22,7 @@ from trackpl.errors import DataError
 from trackpl.types import Camera, Clip, Flow
 from trackpl_prep import cotracker_kubric as kubric
 from trackpl_prep.dataset import Dataset, Item, Samples, key_of
-from trackpl_prep.frames import list_names, opened, read_bytes
+from trackpl_prep.files.frames import list_names, opened, read_bytes
 from trackpl_prep.tapvid import numbers
 
 LAYOUT = """

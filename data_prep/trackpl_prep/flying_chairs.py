@@ -11,7 +11,7 @@ import numpy as np
 
 from trackpl.errors import DataError
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
-from trackpl_prep.flow_files import MAX_AREA, Motion, flow_sample, read_file, read_flo
+from trackpl_prep.files.flow import MAX_AREA, Motion, flow_sample, read_file, read_flo
 
 LICENCE = "Flying Chairs: for research purposes only, commercial use is prohibited"
 PAGE = "https://lmb.informatik.uni-freiburg.de/resources/datasets/FlyingChairs.en.html"

@@ -18,8 +18,8 @@ from trackpl.encoding import encode
 from trackpl.errors import DataError, closest
 from trackpl.types import Clip
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
-from trackpl_prep.frames import list_names, load_frames, numbering, numbers_of, read_bytes
-from trackpl_prep.mat_files import read_matrix
+from trackpl_prep.files.frames import list_names, load_frames, numbering, numbers_of, read_bytes
+from trackpl_prep.files.mat import read_matrix
 
 JOINTS = 15
 SPLITS = {"train": "1", "test": "2"}

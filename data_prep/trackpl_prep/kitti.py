@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
-from trackpl_prep.flow_files import Motion, flow_sample, read_file, read_kitti_flow
+from trackpl_prep.files.flow import Motion, flow_sample, read_file, read_kitti_flow
 
 LICENCE = "KITTI Vision Benchmark Suite: CC BY-NC-SA 3.0"
 FPS = 10.0

@@ -19,8 +19,8 @@ import numpy as np
 from trackpl.errors import DataError
 from trackpl_prep import movi_tracks
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of, quality_option
+from trackpl_prep.files.tfrecord import read_record, record_offsets
 from trackpl_prep.movi_records import SCENE, flow_of, read_features, scene_of
-from trackpl_prep.tfrecord import read_record, record_offsets
 
 LICENCE = "MOVi, google-research/kubric: Apache-2.0 (the code; no other licence is stated with the records)"
 FPS = 12.0

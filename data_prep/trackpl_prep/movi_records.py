@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from trackpl.errors import DataError, closest
+from trackpl_prep.files.tfrecord import Feature, parse_example
 from trackpl_prep.movi_tracks import Scene, focal
-from trackpl_prep.tfrecord import Feature, parse_example
 
 IMAGES = {
     "video": ("u1", 3),

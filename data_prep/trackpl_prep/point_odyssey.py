@@ -24,8 +24,17 @@ from trackpl.errors import DataError, closest
 from trackpl.samples import MAX_COUNT
 from trackpl.types import Camera, Clip
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
-from trackpl_prep.frames import Frames, list_names, load_frames, numbering, numbers_of, opened, read_bytes, segments
-from trackpl_prep.pickles import read_npz
+from trackpl_prep.files.frames import (
+    Frames,
+    list_names,
+    load_frames,
+    numbering,
+    numbers_of,
+    opened,
+    read_bytes,
+    segments,
+)
+from trackpl_prep.files.pickles import read_npz
 
 SPLITS = ("train", "val", "test", "sample")
 FARTHEST = 1000.0  # metres, code 65535

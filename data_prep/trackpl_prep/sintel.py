@@ -10,7 +10,7 @@ import numpy as np
 
 from trackpl.errors import DataError
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
-from trackpl_prep.flow_files import Motion, flow_sample, read_file, read_flo
+from trackpl_prep.files.flow import Motion, flow_sample, read_file, read_flo
 
 LICENCE = "MPI Sintel: derived from the film Sintel, (c) Blender Foundation, durian.blender.org, CC BY 3.0"
 FPS = 24.0

@@ -21,8 +21,8 @@ from trackpl.errors import DataError
 from trackpl.images import MAX_AREA, MAX_SIDE, decode_image
 from trackpl.types import Clip
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
-from trackpl_prep.frames import Frames
-from trackpl_prep.pickles import load_file
+from trackpl_prep.files.frames import Frames
+from trackpl_prep.files.pickles import load_file
 
 _KEYS = ("video", "points", "occluded")
 

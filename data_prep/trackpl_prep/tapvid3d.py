@@ -18,8 +18,8 @@ from trackpl.encoding import encode
 from trackpl.errors import DataError, closest
 from trackpl.types import Camera, Clip
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
-from trackpl_prep.frames import read_bytes
-from trackpl_prep.pickles import read_npz
+from trackpl_prep.files.frames import read_bytes
+from trackpl_prep.files.pickles import read_npz
 from trackpl_prep.tapvid import numbers, original_frames
 
 LICENCES = {

@@ -2,7 +2,7 @@
 
 Every video file, and every folder that directly holds pictures, becomes one sample for each `--segment` frames. JPEG
 frames are stored untouched; videos are decoded a segment at a time and stored as JPEG. Tracks come from csv files
-(`trackpl_prep.point_tables`).
+(`trackpl_prep.files.point_tables`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trackpl.errors import DataError, VideoError, closest
 from trackpl.types import Clip
 from trackpl.video import FEW, IMAGES, VideoReader, open_video
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of, quality_option
-from trackpl_prep.frames import (
+from trackpl_prep.files.frames import (
     Frames,
     encode_pixels,
     list_names,
@@ -39,7 +39,7 @@ from trackpl_prep.frames import (
     scaled,
     segments,
 )
-from trackpl_prep.point_tables import MAX_CSV, Table, read_tables
+from trackpl_prep.files.point_tables import MAX_CSV, Table, read_tables
 
 VIDEOS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".wmv", ".flv"),

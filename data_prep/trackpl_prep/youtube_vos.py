@@ -17,7 +17,7 @@ from trackpl.encoding import encode
 from trackpl.errors import DataError, closest
 from trackpl.types import Clip
 from trackpl_prep.dataset import Dataset, Item, Samples, folder_error, key_of
-from trackpl_prep.frames import (
+from trackpl_prep.files.frames import (
     VOID,
     list_names,
     load_frames,

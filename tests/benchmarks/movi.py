@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "prep"))
 
 from movi_scene import annotations, flows, movi_record, record, truth
 from trackpl_prep.dataset import make_options
+from trackpl_prep.files.tfrecord import read_record
 from trackpl_prep.movi import MOVI_E
 from trackpl_prep.movi_records import SCENE, read_features, scene_of
 from trackpl_prep.movi_tracks import depth_map, every_pixel, sample, track
-from trackpl_prep.tfrecord import read_record
 
 
 def timed(name, work, repeat):

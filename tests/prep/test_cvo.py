@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trackpl_prep.convert import convert
 from trackpl_prep.cvo import BROKEN, DATASET, consistent
 from trackpl_prep.dataset import make_options
-from trackpl_prep.lmdb_files import read_values
+from trackpl_prep.files.lmdb import read_values
 
 from trackpl.errors import DataError
 from trackpl.parsing import read_json

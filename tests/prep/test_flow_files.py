@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
-from trackpl_prep.flow_files import Motion, flow_sample, read_flo, read_kitti_flow, write_flo, write_kitti_flow
+from trackpl_prep.files.flow import Motion, flow_sample, read_flo, read_kitti_flow, write_flo, write_kitti_flow
 
 from trackpl.errors import DataError
 from trackpl.shards import decode
@@ -147,7 +147,7 @@ def test_kitti_maps_that_lie(data, message):
 BOMB = """
 import resource, struct, sys, zlib
 from trackpl.errors import DataError
-from trackpl_prep.flow_files import read_kitti_flow, write_kitti_flow
+from trackpl_prep.files.flow import read_kitti_flow, write_kitti_flow
 import numpy as np
 small = write_kitti_flow(np.zeros((2, 2, 2)))
 stream = zlib.compressobj()

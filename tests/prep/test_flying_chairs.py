@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from trackpl_prep.convert import convert
 from trackpl_prep.dataset import make_options
-from trackpl_prep.flow_files import write_flo
+from trackpl_prep.files.flow import write_flo
 from trackpl_prep.flying_chairs import DATASET
 
 from trackpl.errors import DataError

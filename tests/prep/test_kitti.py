@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from trackpl_prep.convert import convert
 from trackpl_prep.dataset import make_options
-from trackpl_prep.flow_files import write_kitti_flow
+from trackpl_prep.files.flow import write_kitti_flow
 from trackpl_prep.kitti import DATASETS
 
 from trackpl.errors import DataError

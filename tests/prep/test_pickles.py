@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trackpl_prep.pickles import load, load_file, load_npy, read_npz
+from trackpl_prep.files.pickles import load, load_file, load_npy, read_npz
 
 from trackpl.errors import DataError
 
@@ -150,7 +150,7 @@ def test_bytes_cannot_be_multiplied():
 
 
 def test_too_many_instructions_and_too_many_bytes(monkeypatch):
-    monkeypatch.setattr("trackpl_prep.pickle_machine.MAX_STEPS", 1000)
+    monkeypatch.setattr("trackpl_prep.files.pickle_machine.MAX_STEPS", 1000)
     assert load(b"(" + b"]" * 990 + b"l.", "x") == [[]] * 990
     with pytest.raises(DataError, match="more than 1000 instructions"):
         load(b"(" + b"]" * 1000 + b"l.", "x")
@@ -164,7 +164,7 @@ def test_attacks_stay_within_memory():
 import resource, struct
 import numpy as np
 from trackpl.errors import DataError
-from trackpl_prep.pickles import load, load_npy
+from trackpl_prep.files.pickles import load, load_npy
 size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**29, size + 2**29))
 ndarray = b"cnumpy.core.multiarray\\n_reconstruct\\n(cnumpy\\nndarray\\n(I%d\\ntVb\\ntR"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from movi_scene import example, field, masked, record, varint
+from trackpl_prep.files.tfrecord import parse_example, read_record, record_offsets, varints
 from trackpl_prep.movi_records import ARRAYS, IMAGES, read_features
-from trackpl_prep.tfrecord import parse_example, read_record, record_offsets, varints
 
 from trackpl.errors import DataError
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from trackpl_prep.convert import convert
 from trackpl_prep.dataset import make_options
-from trackpl_prep.point_tables import read_tables
+from trackpl_prep.files.point_tables import read_tables
 from trackpl_prep.videos import DATASET, items
 
 from trackpl.errors import DataError

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from trackpl_prep.convert import convert
 from trackpl_prep.dataset import make_options
-from trackpl_prep.frames import segments
+from trackpl_prep.files.frames import segments
 from trackpl_prep.youtube_vos import DATASET
 
 from trackpl.errors import DataError

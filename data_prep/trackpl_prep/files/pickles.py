@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from trackpl.errors import DataError
-from trackpl_prep.pickle_machine import Refused, array_from, build, number_format
+from trackpl_prep.files.pickle_machine import Refused, array_from, build, number_format
 
 _NPY = re.compile(r"\{'descr': '([^']{2,12})', 'fortran_order': (False|True), 'shape': \(([\d, ]*)\), \}\s*")
 

@@ -1,4 +1,4 @@
-"""The stack machine of pickles, of the instructions that build data alone; see `trackpl_prep.pickles`."""
+"""The stack machine of pickles, of the instructions that build data alone; see `trackpl_prep.files.pickles`."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def check_shape(shape: Any) -> None:
 
 
 def build(data: bytes | mmap.mmap, views: bool) -> Any:
-    """Build what a pickle describes; see `trackpl_prep.pickles.load`. Broken bytes raise `Refused` or anything else."""
+    """Build what a pickle describes; see `trackpl_prep.files.pickles.load`. Broken bytes raise anything."""
     return _Machine(data, views).run()
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from trackpl.errors import DataError, closest
 from trackpl.samples import MAX_COUNT
-from trackpl_prep.frames import read_bytes
+from trackpl_prep.files.frames import read_bytes
 
 MAX_CSV = 2**27  # bytes
 _LONGEST = 40  # characters of a number: an array of text is as wide as its longest
