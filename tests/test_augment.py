@@ -312,3 +312,31 @@ def test_what_cannot_be_is_refused():
     for options in ({"hue": 0.7}, {"noise": -1}, {"scale": (2.0, 1.0)}, {"aspect": 0.5}, {"size": (0, 4)}):
         with pytest.raises(DataError, match="augmentation"):
             Augment(**options)
+
+
+def test_queries_and_depths_go_with_their_tracks():
+    t, n, size = 5, 6, (20, 30)
+    tracks = torch.rand(2, t, n, 2) * torch.tensor([30.0, 20.0])
+    frames = torch.randint(t, (2, n))
+    queries = torch.cat(
+        [frames[..., None].float(), tracks.gather(1, frames[:, None, :, None].expand(2, 1, n, 2))[:, 0]], -1
+    )
+    flow = Flow(torch.zeros(2, 1, 2, *size), ((0, 4),), depth=torch.rand(2, 1, *size) + 1)
+    clip = Clip(
+        torch.zeros(2, t, 3, *size),
+        tracks,
+        torch.ones(2, t, n) > 0,
+        track_depth=torch.rand(2, t, n),
+        queries=queries,
+        flow=flow,
+    )
+    augment = Augment(size=(10, 16), scale=(0.8, 1.5), vertical_flip=0.5, reverse=0.5)
+    for seed in range(8):
+        out = augment(clip, torch.tensor([seed, seed + 100]))
+        at = out.queries[..., :1].long()[:, None].expand(2, 1, n, 2)
+        assert torch.allclose(out.tracks.gather(1, at)[:, 0], out.queries[..., 1:], atol=1e-4)
+        order = out.track_depth[0, :, 0]
+        assert order.equal(clip.track_depth[0, :, 0]) or order.equal(clip.track_depth[0, :, 0].flip(0))
+        assert out.flow.depth.shape == (2, 1, 10, 16) and (out.flow.depth >= 1).all()
+    elsewhere = reversed_clip(dataclasses.replace(clip, queries=queries.clone().fill_(-1))).queries
+    assert (elsewhere[..., 0] == -1).all()

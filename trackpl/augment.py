@@ -220,7 +220,8 @@ def reversed_clip(clip: Clip) -> Clip:
     out = dataclasses.replace(clip, flow=None, queries=None).map(lambda x: x.flip(1))
     if clip.queries is not None:
         t, xy = clip.queries.split([1, 2], -1)
-        out = dataclasses.replace(out, queries=torch.cat([last - t, xy], -1))
+        t = torch.where(t < 0, t, last - t)  # below 0: in a frame that the clip has not
+        out = dataclasses.replace(out, queries=torch.cat([t, xy], -1))
     if clip.flow is None:
         return out
     pairs = tuple((last - s, last - t) for s, t in clip.flow.pairs)

@@ -16,7 +16,7 @@ from trackpl_prep.dataset import Dataset
 
 _HELP = """\
 usage: trackpl data make NAME [SOURCE] OUT [options]   make a data set as shards in the folder OUT
-       trackpl data pack FOLDER OUT [options]          make shards of your own videos, with or without tracks
+       trackpl data pack FOLDER [OUT] [options]        make shards of your own videos, with or without tracks
        trackpl data list                               list what can be made, and the default sets that are there
        trackpl data check ADDRESS [options]            check a set: hashes, every sample, ranges, a contact sheet
        trackpl data index FOLDER [options]             write the index of shards that have none
@@ -101,6 +101,8 @@ def _pack(args: list[str]) -> int:
 
 def _convert(dataset: Dataset, verb: str, args: list[str]) -> int:
     options = _parser(dataset, verb).parse_args(args)
+    if options.out is None:
+        options.out = Path(f"{options.source.resolve()}-shards")
     own = Namespace(**{k: v for k, v in vars(options).items() if k not in _ENGINE})
     from trackpl_prep.convert import convert
 
@@ -143,7 +145,8 @@ def _parser(dataset: Dataset, verb: str) -> Parser:
     parser = Parser(verb, "\n".join(facts), formatter_class=_Formatter)
     if dataset.needs_source:
         parser.add_argument("source", type=Path, metavar="SOURCE", help="folder as its publisher lays it out")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards and their index")
+    nargs, default = ("?", " (default: SOURCE-shards)") if verb == "data pack" else (None, "")
+    parser.add_argument("out", type=Path, metavar="OUT", nargs=nargs, help=f"folder for the shards and index{default}")
     dataset.options(parser)
     engine = parser.add_argument_group("how it is made (changes no byte but --per-shard)")
     engine.add_argument("--workers", type=int, default=1, metavar="W", help="processes")
