@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +118,14 @@ def test_slots_do_not_pile_up(hand):
         unpack(pack(make_clip(seed, 4, 150 + seed), hand))
         counts.append(files())
     assert counts[-1] <= counts[3 * SLOTS] + 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no files in memory")
+def test_what_ended_workers_had_is_given_back():
+    mapped = []
+    for _ in range(4):
+        loader = DataLoader(Clips([200] * 8), batch_size=None, num_workers=2, prefetch_factor=SLOTS - 1)
+        assert sum(1 for _ in loader) == 8
+        mapped.append(Path("/proc/self/maps").read_text().count("memfd:trackpl"))
+    assert 0 < mapped[-1] <= mapped[0] + 2 * SLOTS

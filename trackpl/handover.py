@@ -188,6 +188,8 @@ def unpack(value: Any) -> Any:
 def _copied(place: Placed) -> Tensor:
     if place.file is not None:
         file = place.file.detach()
+        for slot in [s for s in _mapped if not os.path.exists(f"/proc/{s[0]}")]:
+            del _mapped[slot]  # of a worker that has ended
         try:
             _mapped[place.slot] = (place.name, np.frombuffer(mmap.mmap(file, place.size), np.uint8))
         finally:

@@ -85,7 +85,8 @@ def check(
     if sheet and facts:
         whole = [index.samples[i] for i in order if index.samples[i].key in {f["key"] for f in facts}][:sheet]
         save_png(draw_sheet(whole), out / "sheet.png")
-        text += f"\nlook at it: {out / 'sheet.png'} ({len(whole)} clips: {', '.join(s.key for s in whole[:4])}, ...)"
+        more = ", ..." if len(whole) > 4 else ""
+        text += f"\nlook at it: {out / 'sheet.png'} ({', '.join(s.key for s in whole[:4])}{more})"
     return Report(f"{text}\nall of it:  {out / 'report.json'}", len(chosen), broken)
 
 
