@@ -46,6 +46,7 @@ def load(name: str, checkpoint: str | Path | None = None, device: str = "cpu", *
         owner = next((p.name for p in plugins().values() if p.class_path == class_path), None)
         hint = f"name '{owner}' instead" if owner else "its plugin is not installed"
         raise CheckpointError(f"{path} is a checkpoint of method '{owner or class_path}', not of '{name}'; {hint}")
+    stored = stored or cls.options_of(state)
     options = {k: v for k, v in stored.items() if k in known and k not in ("optimizer", "lr_scheduler")}
     method: Method = cls(**(options | init_args))
     fit_state(method, method.import_weights(state), path)

@@ -115,6 +115,11 @@ class Method(LightningModule):
         """Translate the keys of the authors' published checkpoint into ours; unknown keys stay as they are."""
         return state
 
+    @classmethod
+    def options_of(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the constructor's options that the authors' published checkpoint implies, such as its size."""
+        return {}
+
     def has(self, capability: str) -> bool:
         """Whether `capability` ("track", "flow", "match", "track_dense") is native and not made of another one.
 
