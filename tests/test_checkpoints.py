@@ -107,3 +107,13 @@ def test_names_that_do_not_exist(tmp_path):
         trackpl.load("crw_multiscale", tmp_path / "bets.ckpt")
     with pytest.raises(PluginError, match=r"did you mean 'crw_multiscale'\?"):
         trackpl.load("crw_multscale")
+
+
+def test_a_published_checkpoint_says_which_options_it_was_made_with(method, tmp_path, monkeypatch):
+    path = tmp_path / "published.pth"
+    torch.save({"state_dict": method.state_dict()}, path)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        trackpl.load("crw_multiscale", path)
+    monkeypatch.setattr(MultiscaleCRW, "options_of", classmethod(lambda cls, state: {**OPTIONS, "radius": 4}))
+    assert trackpl.load("crw_multiscale", path).hparams.radius == 4
+    assert trackpl.load("crw_multiscale", path, radius=3).hparams.radius == 3

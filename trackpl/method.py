@@ -6,6 +6,7 @@ Training, validation, prediction and the capabilities it lacks are the platform'
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -204,7 +205,9 @@ class Method(LightningModule):
     def _log_metrics(self, stage: str) -> None:
         """Log what was measured; a figure without any data is left out, on every rank alike."""
         for name, metric in [*self._points.items(), *self._flows.items()]:
-            figures = {k: v for k, v in metric.compute().items() if not v.isnan()}
+            with warnings.catch_warnings():  # that there was nothing to measure; every rank must ask all the same
+                warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+                figures = {k: v for k, v in metric.compute().items() if not v.isnan()}
             if figures.get("videos", figures.get("images", 0)) > 0:
                 self.log_dict({f"{name}/{k}": v.float() for k, v in figures.items()})
             metric.reset()
