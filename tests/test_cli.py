@@ -89,7 +89,8 @@ def test_unknown_verb_gives_the_closest(capsys):
     assert lines == [
         "trackpl: no verb is called 'train'; did you mean 'fit'?",
         "trackpl: no verb is called 'trakc'; did you mean 'track'?",
-        "trackpl: no verb is called 'zzz'; allowed: data, fit, new, plugins, predict, test, track, validate",
+        "trackpl: no verb is called 'zzz'; "
+        "allowed: bench, data, fit, new, plugins, predict, test, track, validate, weights",
     ]
 
 

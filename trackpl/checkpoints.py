@@ -18,6 +18,7 @@ from torch import Tensor
 from trackpl.errors import CheckpointError, closest
 from trackpl.method import Method
 from trackpl.plugins import find, plugins
+from trackpl.weights import resolve
 
 
 def load(name: str, checkpoint: str | Path | None = None, device: str = "cpu", **init_args: Any) -> Method:
@@ -26,7 +27,8 @@ def load(name: str, checkpoint: str | Path | None = None, device: str = "cpu", *
     Args:
         name: a plugin's short name, see `trackpl plugins`.
         checkpoint: a checkpoint of `trackpl fit`, a `.safetensors` file, or the authors' published file, told apart by
-            their content. None takes the weights that ship with the plugin.
+            their content; or the name of published weights that `trackpl weights get` fetched. None takes the weights
+            that ship with the plugin.
         device: where the method computes.
         **init_args: options of the method; they go before those stored in the checkpoint.
 
@@ -35,12 +37,12 @@ def load(name: str, checkpoint: str | Path | None = None, device: str = "cpu", *
         CheckpointError: no such file, not a checkpoint, of another method, or with keys or shapes that do not fit.
     """
     plugin = find(name)
-    cls = plugin.load()
+    cls: type[Method] = plugin.load()
     known = [p for p in inspect.signature(cls).parameters]
     for option in init_args:
         if option not in known:
             raise CheckpointError(f"method '{name}' has no option '{option}'; {closest(option, known)}")
-    path = Path(checkpoint) if checkpoint is not None else _shipped(cls, name)
+    path = resolve(checkpoint, cls.published) if checkpoint is not None else _shipped(cls, name)
     state, stored, class_path = read_checkpoint(path)
     if class_path is not None and class_path != plugin.class_path:
         owner = next((p.name for p in plugins().values() if p.class_path == class_path), None)
@@ -113,12 +115,19 @@ def fit_state(method: Method, state: dict[str, Tensor], path: Path) -> None:
     method.load_state_dict({k: state[k].to(own[k].dtype) for k in own})
 
 
-def _shipped(cls: type[Method], name: str) -> Path:
+def shipped_path(cls: type[Method]) -> Path | None:
+    """Return where the weights that ship with a method must be, or None if it ships none."""
     if cls.weights is None:
+        return None
+    return Path(str(files(cls.__module__.rpartition(".")[0]) / cls.weights))
+
+
+def _shipped(cls: type[Method], name: str) -> Path:
+    path = shipped_path(cls)
+    if path is None:
         raise CheckpointError(
             f"method '{name}' ships no weights; name a checkpoint, or train one: trackpl fit --model {name}"
         )
-    path = Path(str(files(cls.__module__.rpartition(".")[0]) / cls.weights))
     if not path.is_file():
         raise CheckpointError(f"the weights that ship with '{name}' are missing ({path}); reinstall its package")
     return path

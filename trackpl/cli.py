@@ -15,11 +15,13 @@ usage: trackpl VERB [options]          trackpl VERB --help shows the options of 
 
   fit        train a method            trackpl fit --config crw_multiscale
   validate   score on validation data  trackpl validate --model NAME --ckpt_path FILE
-  test       score on benchmarks       trackpl test --model NAME --ckpt_path FILE
+  test       score on benchmarks       trackpl test --benchmark synthetic --model NAME
   predict    run on a data set         trackpl predict --model NAME --ckpt_path FILE
   track      track points in a video   trackpl track VIDEO --model NAME --grid 20
   data       make data sets            trackpl data make synthetic OUT
   plugins    list installed methods    trackpl plugins [--check]
+  weights    list, fetch weights       trackpl weights [get NAME]
+  bench      measure speed, memory     trackpl bench [--models A,B] [--device cuda]
   new        start a method            trackpl new NAME [--out DIR]
 
   --version  show the version
@@ -79,6 +81,22 @@ def _training(verb: str) -> Callable[[list[str]], int]:
     return run
 
 
+def _test(args: list[str]) -> int:
+    flags = {arg.partition("=")[0] for arg in args}
+    if "--compare" in flags:
+        from trackpl import comparison
+
+        return comparison.run(args)
+    if "--benchmark" in flags:
+        from trackpl import evaluation
+
+        return evaluation.run(args)
+    status = _training("test")(args)
+    if {"-h", "--help"} & flags:
+        print("\nOn a published benchmark: trackpl test --benchmark --help; two results: trackpl test --compare --help")
+    return status
+
+
 def _track(args: list[str]) -> int:
     from trackpl import tracking
 
@@ -89,6 +107,18 @@ def _data(args: list[str]) -> int:
     from trackpl_prep import cli
 
     return cli.run(args)
+
+
+def _weights(args: list[str]) -> int:
+    from trackpl import weights
+
+    return weights.run(args)
+
+
+def _bench(args: list[str]) -> int:
+    from trackpl import bench
+
+    return bench.run(args)
 
 
 def _plugins(args: list[str]) -> int:
@@ -130,10 +160,13 @@ def _new(args: list[str]) -> int:
 
 
 _VERBS: dict[str, Callable[[list[str]], int]] = {
-    **{verb: _training(verb) for verb in ("fit", "validate", "test", "predict")},
+    **{verb: _training(verb) for verb in ("fit", "validate", "predict")},
+    "test": _test,
     "track": _track,
     "data": _data,
     "plugins": _plugins,
+    "weights": _weights,
+    "bench": _bench,
     "new": _new,
 }
 
@@ -143,6 +176,8 @@ _MEANT = {"train": "fit", "val": "validate", "eval": "test", "infer": "predict",
 
 def _interrupted(args: list[str]) -> int:
     hint = "; to go on, repeat the command with --ckpt_path last" if args[:1] == ["fit"] else ""
+    if args[:1] == ["test"] and "--benchmark" in args:
+        hint = "; to go on, repeat the command"
     print(f"\ntrackpl: interrupted{hint}", file=sys.stderr)
     return 130
 

@@ -21,6 +21,7 @@ from trackpl.errors import DataError, Error
 from trackpl.metrics.flow import FlowMetrics
 from trackpl.metrics.tapvid import TapVid, first_queries
 from trackpl.types import Clip, DenseTracks, Flow, Tracks, check_queries
+from trackpl.weights import Published
 
 CONTRACT = 1
 """Version of the contract between methods and platform; a plugin states the one that it was written for."""
@@ -53,6 +54,7 @@ class Method(LightningModule):
     info: ClassVar[Info]
     contract: ClassVar[int] = CONTRACT
     weights: ClassVar[str | None] = None  # path of the shipped weights, relative to the plugin's folder
+    published: ClassVar[tuple[Published, ...]] = ()  # weights that others publish, for `trackpl weights`
 
     def __init__(
         self,

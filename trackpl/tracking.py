@@ -46,7 +46,9 @@ def run(args: list[str]) -> int:
     """
     given = _parse(args)
     device = _device(given.device)
-    if given.checkpoint and not given.checkpoint.is_file():
+    # A bare name may be that of published weights (`trackpl weights`), which `load` finds.
+    named = given.checkpoint and given.checkpoint.parent == Path() and not given.checkpoint.suffix
+    if given.checkpoint and not named and not given.checkpoint.is_file():
         raise Error(f"no checkpoint at {given.checkpoint}: give the file, or none to use the weights that ship")
     video = open_video(given.video)
     out = given.out or Path("tracks") / _stem(given.video)
@@ -78,7 +80,12 @@ def _parse(args: list[str]) -> argparse.Namespace:
         default="crw_multiscale",
         help="a method of `trackpl plugins` (default: %(default)s)",
     )
-    add("--checkpoint", metavar="FILE", type=Path, help="its weights (default: those that ship with it)")
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        type=Path,
+        help="its weights, or the name of published ones (default: those that ship with it)",
+    )
     add("--grid", metavar="N", type=int, help=f"N x N points over the frame or the mask (default: {GRID})")
     add("--points", metavar="X,Y[@T]", nargs="+", action="extend", default=[], help="points, @T: of frame T")
     add("--points-file", metavar="FILE", type=Path, help="csv, txt or npy with columns t,x,y or x,y")
