@@ -1,0 +1,1 @@
+"""LocoTrack as a `trackpl` method."""
