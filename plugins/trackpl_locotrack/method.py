@@ -32,7 +32,7 @@ from trackpl import Clip, Info, Method, Tracks
 from trackpl.checkpoints import fit_state, read_checkpoint
 from trackpl.errors import DataError, Error
 from trackpl.types import check_queries
-from trackpl_locotrack import weights
+from trackpl_locotrack import weights as weights_of
 from trackpl_locotrack.backbone import Backbone
 from trackpl_locotrack.features import Features, extract, support
 from trackpl_locotrack.initial import COARSE, FINE, InitialTrack
@@ -90,6 +90,7 @@ class LocoTrack(Method):
     )
     contract: ClassVar[int] = 1
     weights: ClassVar[str | None] = None
+    published = weights_of.PUBLISHED
 
     def __init__(
         self,
@@ -133,12 +134,12 @@ class LocoTrack(Method):
 
     def import_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Translate the keys of the authors' PyTorch checkpoints, with or without their leading ``model.``."""
-        return {weights.translate(k): v for k, v in state.items()}
+        return {weights_of.translate(k): v for k, v in state.items()}
 
     @classmethod
     def options_of(cls, state: dict[str, Tensor]) -> dict[str, Any]:
         """Tell the size of a published checkpoint by the width of its transformer."""
-        return weights.options_of(state)
+        return weights_of.options_of(state)
 
     # Inference -----------------------------------------------------------------------------------------------------
 

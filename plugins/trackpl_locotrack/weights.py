@@ -7,14 +7,23 @@ from typing import Any
 
 from torch import Tensor
 
-SOURCES = {
-    size: {
-        "url": f"https://huggingface.co/datasets/hamacojr/LocoTrack-pytorch-weights/resolve/main/locotrack_{size}.ckpt",
-        "licence": "Apache-2.0 (the authors' code, cvlab-kaist/locotrack; the weights' page states none of its own)",
-        "about": f"LocoTrack-{size[0].upper()} of the authors' PyTorch port, trained on Panning MOVi-E",
-    }
-    for size in ("small", "base")
+from trackpl.weights import Published
+
+_FIGURES = {  # AJ / <delta_avg / OA of the JAX models at 256x256 (paper, tables 1 and 2); nobody states the port's
+    "small": {"TAP-Vid DAVIS first": "62.0 / 74.3 / 86.1", "TAP-Vid DAVIS strided": "66.9 / 78.8 / 88.9"},
+    "base": {"TAP-Vid DAVIS first": "63.0 / 75.3 / 87.2", "TAP-Vid DAVIS strided": "67.8 / 79.6 / 89.9"},
 }
+PUBLISHED = tuple(
+    Published(
+        name=f"locotrack_{size}",
+        method="locotrack",
+        address=f"https://huggingface.co/datasets/hamacojr/LocoTrack-pytorch-weights/resolve/main/locotrack_{size}.ckpt",
+        licence="Apache-2.0 (of the authors' code; the page of the weights states none of its own)",
+        figures={k: f"{v} (paper, of the JAX model)" for k, v in figures.items()},
+        note=f"LocoTrack-{size[0].upper()} of the authors' PyTorch code, trained on Panning MOVi-E",
+    )
+    for size, figures in _FIGURES.items()
+)
 
 KEYS = (  # theirs (a regular expression), ours
     (r"resnet_torch\.initial_conv\.", "backbone.stem."),
