@@ -224,6 +224,26 @@ def test_twenty_steps_overfit_a_clip_to_under_a_pixel():
     assert gap.mean() < 1.0, f"{gap.mean():.2f} px after 20 steps"
 
 
+def test_accumulated_gradients_are_those_of_the_joint_batch():
+    torch.manual_seed(0)
+    method = LocoTrack(iterations=1, initial_resolution=(64, 64)).train()
+    clips = []
+    for _ in range(2):
+        clip = moving_clip(4, (64, 64), points=6)
+        queries = torch.cat([torch.zeros(1, 6, 1), clip.tracks[:, 0]], -1)
+        clips.append(dataclasses.replace(clip, video=clip.video * torch.rand(()), queries=queries))
+
+    def gradients(*batches):
+        method.zero_grad()
+        for batch in batches:
+            (torch.stack(list(method.losses(batch).values())).sum() / len(batches)).backward()
+        return [p.grad.clone() for p in method.parameters() if p.grad is not None]
+
+    one, two = gradients(trackpl.Clip.cat(clips)), gradients(*clips)
+    scale = max(g.abs().max() for g in one)
+    assert len(one) == len(two) > 100 and all((a - b).abs().max() < 1e-4 * scale for a, b in zip(one, two, strict=True))
+
+
 def test_the_first_stage_trains_the_initial_track_alone():
     method = LocoTrack(initial_resolution=(64, 64), iterations=0)
     losses = method.losses(moving_clip(3, (64, 64)))
