@@ -25,7 +25,7 @@ from tqdm import tqdm
 from trackpl.bench_report import OUTPUTS, Result, Row, as_text, facts_of, report, save
 from trackpl.errors import Error
 from trackpl.plugins import Plugin, find, plugins
-from trackpl.usage import Parser
+from trackpl.usage import Parser, device_of
 
 
 def run(args: list[str]) -> int:
@@ -39,7 +39,7 @@ def run(args: list[str]) -> int:
     if not chosen:
         raise Error("no method is installed; pip install one, or start one: trackpl new NAME")
     _check_out(given.out, given.overwrite)
-    given.device = _device(given.device)
+    given.device = device_of(given.device)
     began = time.perf_counter()
     results = measure(chosen, given)
     facts = facts_of(given, results, time.perf_counter() - began)
@@ -91,18 +91,6 @@ def _parse(args: list[str]) -> argparse.Namespace:
         if min(values) < least:
             raise Error(f"{name} {' '.join(map(str, values))}: allowed is a whole number from {least} on")
     return given
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise Error(f"--device {name}: allowed: auto, cpu, cuda")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise Error(f"--device {name}: torch sees no GPU here; use --device cpu")
-    return name
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -30,7 +30,7 @@ from trackpl.plugins import find as find_plugin
 from trackpl.results import ROWS, SCHEMA, Lines, Row, alone, report, save, summarise
 from trackpl.shards import Index, Sample, read_index
 from trackpl.types import Tracks
-from trackpl.usage import Parser
+from trackpl.usage import Parser, device_of
 
 
 def run(args: list[str]) -> int:
@@ -40,7 +40,7 @@ def run(args: list[str]) -> int:
         Error: bad input, before anything is written.
     """
     given, options = _parse(args)
-    benchmark, device = find(given.benchmark), _device(given.device)
+    benchmark, device = find(given.benchmark), device_of(given.device)
     index = read_index(_locate(benchmark, given.data))
     check_set(benchmark, index)
     method = checkpoints.load(given.model, given.checkpoint, device, **options)
@@ -110,16 +110,6 @@ def _method_options(words: list[str], flags: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise Error(f"{flag} {value}: not a readable value") from None
     return options
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise Error(f"--device {name}: allowed: auto, cpu, cuda")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise Error(f"--device {name}: torch sees no GPU here; use --device cpu")
-    return name
 
 
 def _locate(benchmark: Benchmark, address: str | None) -> str:

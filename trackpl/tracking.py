@@ -20,7 +20,7 @@ from tqdm import tqdm
 from trackpl import draw
 from trackpl.errors import DataError, Error, closest
 from trackpl.types import Tracks
-from trackpl.usage import Parser
+from trackpl.usage import Parser, device_of
 from trackpl.video import VideoReader, open_video
 from trackpl.writing import replacing, write_video
 
@@ -45,7 +45,7 @@ def run(args: list[str]) -> int:
         Error: bad input, always before anything is written.
     """
     given = _parse(args)
-    device = _device(given.device)
+    device = device_of(given.device)
     # A bare name may be that of published weights (`trackpl weights`), which `load` finds.
     named = given.checkpoint and given.checkpoint.parent == Path() and not given.checkpoint.suffix
     if given.checkpoint and not named and not given.checkpoint.is_file():
@@ -144,16 +144,6 @@ def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> None:
         raise Error(f"one video at a time: do not know what to do with '{unknown[0]}'")
     flags = {f for action in parser._actions for f in action.option_strings if f.startswith("--")}
     raise Error(f"track has no option '{flag.split('=')[0]}'; {closest(flag.split('=')[0], flags)}")
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise Error(f"--device {name}: allowed: auto, cpu, cuda")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise Error(f"--device {name}: torch sees no GPU here; use --device cpu")
-    return name
 
 
 def _stem(video: Path) -> str:
