@@ -1,7 +1,7 @@
 """The feature pyramid: a ResNet-18 of pre-activated blocks with instance norm, frame by frame (3.1; TAPIR's).
 
-Maps of strides 2, 4 and 8 with 64, 128 and 256 channels, each vector of length one. Without gradients on a CPU the same
-network runs in the channels-last layout, with 3 x 3 convolutions by `winograd`.
+Maps of strides 2, 4 and 8, with 64, 128 and 256 channels in the paper, each vector of length one. Without gradients on
+a CPU the same network runs in the channels-last layout, with 3 x 3 convolutions by `winograd`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from trackpl_locotrack.winograd import conv3x3, transformed
 
-CHANNELS = (64, 128, 256)  # of the maps of stride 2, 4, 8
+CHANNELS = {"tiny": (32, 64, 128), "small": (64, 128, 256), "base": (64, 128, 256)}  # maps of stride 2, 4, 8
 STRIDES = (2, 4, 8)
-GROUPS = ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 256, 1))  # channels in and out, stride of the first block
 QUICK_CHANNELS = 128  # from which `winograd` is quicker than a plain convolution
 
 
@@ -89,11 +88,13 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """ResNet-18 without max-pooling, and without stride in its last group."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: str) -> None:
         super().__init__()
-        self.stem = SameConv2d(3, 64, 7, 2)
+        self.channels = fine, middle, coarse = CHANNELS[size]
+        groups = ((fine, fine, 1), (fine, middle, 2), (middle, coarse, 2), (coarse, coarse, 1))
+        self.stem = SameConv2d(3, fine, 7, 2)
         self.groups = nn.ModuleList(
-            nn.Sequential(Block(c_in, c, stride, True), Block(c, c, 1, False)) for c_in, c, stride in GROUPS
+            nn.Sequential(Block(c_in, c, stride, True), Block(c, c, 1, False)) for c_in, c, stride in groups
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -18,6 +18,7 @@ CELLS = OFFSETS + 1
 EMBEDDING = 256
 
 STAGES = {  # channels out, kernel, stride of each convolution
+    "tiny": ((64, 5, 4), (128, 2, 2)),
     "small": ((64, 5, 4), (128, 2, 2)),
     "base": ((64, 3, 2), (128, 3, 2), (128, 2, 2)),
 }

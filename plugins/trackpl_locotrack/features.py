@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trackpl_locotrack.backbone import CHANNELS, STRIDES, Backbone
+from trackpl_locotrack.backbone import STRIDES, Backbone
 
 FRAMES_A_CALL = {"cpu": 2, "cuda": 32}  # without gradients; see `Backbone.raw`
 OFFSETS = 7  # side of a patch, in cells
@@ -40,7 +40,8 @@ def extract(backbone: Backbone, video: Tensor, resolution: tuple[int, int]) -> F
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     cells = [h * w for h, w in sizes]
     tables = tuple(
-        torch.empty(frames * n + 1, c, device=video.device, dtype=dtype) for n, c in zip(cells, CHANNELS, strict=True)
+        torch.empty(frames * n + 1, c, device=video.device, dtype=dtype)
+        for n, c in zip(cells, backbone.channels, strict=True)
     )
     step = FRAMES_A_CALL.get(kind, 2)
     with backbone.quick(video.device):

@@ -43,6 +43,24 @@ class InitialTrack(nn.Module):
         logits = self.visibility(torch.cat(pools))
         return torch.cat(places).transpose(0, 1), logits.transpose(0, 1)
 
+    def matching(self, features: Features, fine: Tensor, coarse: Tensor, place: Tensor, seen: Tensor) -> Tensor:
+        """Cross-entropy of the softmax over the whole map, against the cell that holds the true place (ours).
+
+        The peak's average only moves within its disc: a wrong peak far off learns nothing from it, from this it does.
+
+        Args:
+            features: of the video, with gradients.
+            fine: (N, 128) query features of stride 4.
+            coarse: (N, 256) query features of stride 8.
+            place: (N, T, 2) true (x, y) in [0, 1].
+            seen: (N, T) where it is known and visible; the loss is a mean over these.
+        """
+        h, w = features.sizes[FINE]
+        mixed = self.mix(*self.correlate(features, 0, features.frames, fine, coarse)).transpose(0, 1)  # (N, T, h, w)
+        x, y = ((place[..., i] * n).long().clamp(0, n - 1) for i, n in enumerate((w, h)))
+        losses = F.cross_entropy(self.temperature * mixed.flatten(2)[seen], (y * w + x)[seen], reduction="sum")
+        return losses / seen.sum().clamp(min=1)
+
     def correlate(
         self, features: Features, start: int, stop: int, fine: Tensor, coarse: Tensor
     ) -> tuple[Tensor, Tensor]:

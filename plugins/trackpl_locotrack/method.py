@@ -33,7 +33,7 @@ from trackpl.checkpoints import fit_state, read_checkpoint
 from trackpl.errors import DataError, Error
 from trackpl.types import check_queries
 from trackpl_locotrack import weights as weights_of
-from trackpl_locotrack.backbone import Backbone
+from trackpl_locotrack.backbone import CHANNELS, Backbone
 from trackpl_locotrack.features import Features, extract, support
 from trackpl_locotrack.initial import COARSE, FINE, InitialTrack
 from trackpl_locotrack.losses import point_losses, random_queries
@@ -66,7 +66,8 @@ class LocoTrack(Method):
     """Sparse point tracking by local 4D correlation; points are independent of each other.
 
     Args:
-        size: ``small`` (8.2 million values) or ``base`` (11.5 million).
+        size: ``small`` (8.2 million values) or ``base`` (11.5 million) of the paper, or ``tiny`` (3.2 million), ours:
+            half the channels of the pyramid and a transformer of width 192, to train without a GPU.
         iterations: K refinements of the initial track; 0 trains and gives the initial track alone, which is the first
             stage of training.
         initial_resolution: height and width at which the initial track is found, and refined where the clip is no
@@ -77,6 +78,8 @@ class LocoTrack(Method):
             (height, width) takes every clip to that, as the authors' inference does; none keeps them.
         query_chunk: points tracked at once; it bounds memory and does not change results.
         temperature: of the softmax of the initial track.
+        matching_weight: of a cross-entropy of the initial track's correlation, which the paper does not have; it makes
+            short training possible (README).
         start_from: checkpoint whose weights training starts from, such as that of the first stage.
         optimizer: as ``{class_path, init_args}``; biases are kept from its weight decay.
         lr_scheduler: stepped once a batch.
@@ -94,24 +97,27 @@ class LocoTrack(Method):
 
     def __init__(
         self,
-        size: Literal["small", "base"] = "small",
+        size: Literal["tiny", "small", "base"] = "small",
         iterations: int = 4,
         initial_resolution: tuple[int, int] = (256, 256),
         schedule: Literal["last", "all"] = "last",
         resolution: int | tuple[int, int] | None = 512,
         query_chunk: int = 64,
         temperature: float = 20.0,
+        matching_weight: float = 0.0,
         start_from: str | None = None,
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = _warmup_cosine,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        if size not in ("small", "base") or schedule not in ("last", "all"):
-            raise Error(f"locotrack needs size small or base and schedule last or all; got {size} and {schedule}")
-        if iterations < 0 or query_chunk < 1 or temperature <= 0:
+        if size not in CHANNELS or schedule not in ("last", "all"):
             raise Error(
-                "locotrack needs iterations >= 0, query_chunk >= 1 and temperature > 0; "
-                f"got {iterations}, {query_chunk} and {temperature}"
+                f"locotrack needs size {', '.join(CHANNELS)} and schedule last or all; got {size} and {schedule}"
+            )
+        if iterations < 0 or query_chunk < 1 or temperature <= 0 or matching_weight < 0:
+            raise Error(
+                "locotrack needs iterations >= 0, query_chunk >= 1, temperature > 0 and matching_weight >= 0; "
+                f"got {iterations}, {query_chunk}, {temperature} and {matching_weight}"
             )
         if min(initial_resolution) < 16 or any(side % 8 for side in initial_resolution):
             raise Error(
@@ -121,7 +127,7 @@ class LocoTrack(Method):
         if any(side < 1 for side in sides):
             raise Error(f"locotrack needs a resolution of 1 or more, got {resolution}")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "start_from"])
-        self.backbone = Backbone()
+        self.backbone = Backbone(size)
         self.initial = InitialTrack(temperature)
         self.refinement = Refinement(size)
         if iterations == 0:
@@ -129,7 +135,7 @@ class LocoTrack(Method):
         self.iterations, self.schedule, self.query_chunk = iterations, schedule, query_chunk
         h, w = initial_resolution
         self.initial_resolution: Size = (h, w)
-        self.resolution, self.start_from = resolution, start_from
+        self.resolution, self.start_from, self.matching_weight = resolution, start_from, matching_weight
         self._cache: _Cache | None = None
 
     def import_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -267,6 +273,11 @@ class LocoTrack(Method):
         own = torch.arange(features.frames, device=frame.device) == frame[:, None]
         return torch.where(own[..., None], place[:, None], where), logits[..., 0], logits[..., 1]
 
+    def _matching(self, features: Features, frame: Tensor, place: Tensor, truth: Tensor, seen: Tensor) -> Tensor:
+        with torch.autocast(place.device.type, enabled=False):
+            fine, coarse = (_centre(features, level, frame, place) for level in (FINE, COARSE))
+            return self.initial.matching(features, fine, coarse, truth, seen)
+
     def _features(self, video: Tensor, resolution: Size, kept: dict[Size, Features]) -> Features:
         if resolution not in kept:
             kept[resolution] = extract(self.backbone, video, resolution)
@@ -321,10 +332,18 @@ class LocoTrack(Method):
             queries = clip.queries
         frame, place = _split(queries, clip.size)
         place = place.nan_to_num().clamp(0, 1)
-        outputs = [self._track_video(self._resized(video), frame[b], place[b]) for b, video in enumerate(clip.video)]
         true_place = clip.tracks.float().transpose(1, 2) / clip.tracks.new_tensor([w, h])
         occluded, valid = ~clip.visible.transpose(1, 2), valid.transpose(1, 2)
-        losses = {}
+        outputs: list[list[State]] = []
+        losses: dict[str, Tensor] = {}
+        for b, video in enumerate(clip.video):
+            kept: dict[Size, Features] = {}
+            outputs.append(self._track_video(self._resized(video), frame[b], place[b], kept))
+            if self.matching_weight:
+                features = kept[self._resolutions(self._resized(video))[0]]
+                known = valid[b] & ~occluded[b]
+                match = self._matching(features, frame[b], place[b], true_place[b], known) / len(clip.video)
+                losses["matching"] = losses.get("matching", 0) + self.matching_weight * match
         with torch.autocast(clip.video.device.type, enabled=False):
             for k, states in enumerate(zip(*outputs, strict=True)):
                 where, hidden, far = (torch.stack(parts).float() for parts in zip(*states, strict=True))

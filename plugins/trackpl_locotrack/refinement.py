@@ -26,7 +26,7 @@ class Refinement(nn.Module):
 
     def __init__(self, size: str) -> None:
         super().__init__()
-        dim, heads = {"small": (256, 4), "base": (384, 6)}[size]
+        dim, heads = {"tiny": (192, 4), "small": (256, 4), "base": (384, 6)}[size]
         self.encoders = nn.ModuleList(CorrelationEncoder(size) for _ in ORDER)
         self.transformer = TemporalTransformer(dim, heads)
 

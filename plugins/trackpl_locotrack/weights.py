@@ -62,7 +62,7 @@ def translate(key: str) -> str:
 
 def options_of(state: dict[str, Tensor]) -> dict[str, Any]:
     """Return the size that the width of the transformer implies, of a published checkpoint or of one of ours."""
-    widths = {256: "small", 384: "base"}
+    widths = {192: "tiny", 256: "small", 384: "base"}
     for key, value in state.items():
         if translate(key) == "refinement.transformer.norm.weight" and len(value) in widths:
             return {"size": widths[len(value)]}
