@@ -5,7 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from trackpl import Clip, DenseTracks, Info, Method, Tracks, adapters
+from trackpl import Clip, DenseTracks, Info, Method, Tracks, adapters, streams
 from trackpl.errors import DataError, Error
 from trackpl.testing import moving_clip
 
@@ -32,15 +32,15 @@ class Flows(Method):
 
 
 class Points(Method):
-    """Moves points by `STEP` and sees them as long as they are in the frame."""
+    """Moves points by `STEP` a unit of brightness and sees them as long as they are in the frame."""
 
     info: ClassVar[Info] = Info("Points", "none", "Apache-2.0")
     calls: ClassVar[list[tuple[int, int]]] = []
 
     def track(self, clip, queries):
         self.calls.append((clip.frames, queries.shape[1]))
-        t = torch.arange(clip.frames)[None, :, None, None]
-        xy = queries[:, None, :, 1:] + (t - queries[:, None, :, :1]) * STEP
+        t = clip.video[:, :, 0, 0, 0].float()
+        xy = queries[:, None, :, 1:] + (t[..., None] - t.gather(1, queries[..., 0].long())[:, None])[..., None] * STEP
         h, w = clip.size
         seen = ((xy >= 0) & (xy <= torch.tensor([w, h]))).all(-1)
         return Tracks(xy, seen.float())
@@ -140,7 +140,8 @@ def test_windows_of_a_long_video_give_what_one_window_would(monkeypatch, born):
     whole = adapters.track_video(method, video, queries)
     assert method.calls[-1] == (100, 3)
     monkeypatch.setattr(adapters, "VIDEO_BYTES", 0)
-    windows = adapters.track_video(method, video, queries, window=16)
+    monkeypatch.setattr(streams, "WINDOW", 16)
+    windows = adapters.track_video(method, video, queries)
     inside = whole.visible > 0
     assert torch.allclose(windows.xy[inside], whole.xy[inside], atol=1e-3)
     assert torch.equal(windows.visible[inside], whole.visible[inside])

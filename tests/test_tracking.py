@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trackpl import tracking
+from trackpl import queries, tracking
 from trackpl.cli import main
 from trackpl.errors import CheckpointError
 from trackpl.types import Tracks
@@ -160,7 +160,7 @@ def test_masks_with_colours_alpha_or_palette(clip):
     colour[0, 0] = (200, 200, 200, 0)
     for image in (palette, Image.fromarray(marked), Image.fromarray(colour), Image.fromarray(colour[..., 3])):
         image.save("mask.png")
-        np.testing.assert_array_equal(tracking._read_mask(Path("mask.png"), (H, W)), marked)
+        np.testing.assert_array_equal(queries.read_mask(Path("mask.png"), (H, W)), marked)
 
 
 def test_folder_of_frames(asked, tmp_path, monkeypatch):

@@ -1,38 +1,29 @@
 """Capabilities that the platform makes for a method out of those it has.
 
-`track` from flow, `track_dense` from sparse tracks, and tracks through a video of any length from either.
-
-Tracks from flow follow Neoral, Serych, Matas, "MFT: Long-Term Tracking of Every Pixel" (WACV 2024) in its idea, without
-its learned uncertainty: a point of frame t is reached from several earlier frames, by steps of one frame and by longer
-ones, each is judged by its forward-backward error, and the most consistent is kept. Long steps do not drift and jump
-over occlusions; short ones survive large changes.
+`track` from flow (`trackpl.chaining`), `track_dense` from sparse tracks, and tracks through a video of any length from
+either (`trackpl.streams`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from trackpl.chaining import SPANS, FlowOf, Progress, follow, sample
 from trackpl.errors import Error
+from trackpl.streams import Stream, join
 from trackpl.types import Clip, DenseTracks, Flow, Tracks
 
 if TYPE_CHECKING:
     from trackpl.method import Method
 
-SPANS = (1, 3, 9, 27)
-"""Lengths in frames of the steps that tracks from flow try: powers, so that few steps reach any frame."""
-
 VIDEO_BYTES = 1 << 30
 """A video that decodes to more than this is tracked without ever being held whole."""
-
-Progress = Callable[[int, int], None]
-FlowOf = Callable[[list[tuple[int, int]]], Tensor]
 
 
 class Frames(Protocol):
@@ -69,17 +60,13 @@ def _flow_of(method: Method, clip: Clip) -> FlowOf:
     """Give the flow of any pairs of a clip, remembering as many encoded frames as the longest step spans."""
     if not method.has("match"):
         return lambda pairs: method.flow(clip, pairs).xy
-    encode = _encoder(method, lambda t: clip.video[:, t])
-    return lambda pairs: torch.stack([method.match(encode(s), encode(t), clip.size) for s, t in pairs], 1)
 
-
-def _encoder(method: Method, frame: Callable[[int], Tensor]) -> Callable[[int], Any]:
     @lru_cache(maxsize=max(SPANS) + 1)
     def encode(t: int) -> Any:
-        image = frame(t)
+        image = clip.video[:, t]
         return method.encode(image.float() / 255 if image.dtype == torch.uint8 else image.float())
 
-    return encode
+    return lambda pairs: torch.stack([method.match(encode(s), encode(t), clip.size) for s, t in pairs], 1)
 
 
 @torch.no_grad()
@@ -109,207 +96,127 @@ def track_dense(method: Method, clip: Clip, source: int, chunk: int = 4096) -> D
 
 
 @torch.no_grad()
-def track_video(
-    method: Method, video: Frames, queries: Tensor, *, window: int = 48, progress: Progress | None = None
-) -> Tracks:
+def track_video(method: Method, video: Frames, queries: Tensor, *, progress: Progress | None = None) -> Tracks:
     """Track points (N, 3) through a video of any length with bounded memory.
 
-    A video that fits `VIDEO_BYTES` goes to the method whole, except that flow is always streamed. A longer one is cut
-    into windows that overlap by half, in each of which a point starts from the last place where it was seen.
+    A video that fits `VIDEO_BYTES` goes to the method whole. A longer one, and any where tracks are made of flow, is
+    streamed: backwards for the frames before the queries, then forwards.
 
     Args:
         method: any method.
         video: frames on demand.
         queries: (N, 3) of (t, x, y).
-        window: frames of a window.
         progress: called with (frames done, frames in all).
 
     Returns:
         `Tracks` with B = 1, on the CPU.
     """
-    device, (h, w) = method.device, video.size
-    queries = queries.unsqueeze(0).to(device)
-    if method.has("flow") and not method.has("track"):
-        return follow(_stream_flow(method, video), video.frames, video.size, queries, progress).to("cpu")
-    if video.frames * h * w * 3 <= VIDEO_BYTES:
-        clip = Clip(video=video.read(range(video.frames)).unsqueeze(0).to(device))
-        tracks = method.track(clip, queries)
+    queries = queries.to(method.device)
+    if fits(video) and not (method.has("flow") and not method.has("track")):
+        clip = Clip(video=video.read(range(video.frames)).unsqueeze(0).to(method.device))
+        tracks = method.track(clip, queries[None])
         if progress:
             progress(video.frames, video.frames)
         return tracks.to("cpu")
-    return _track_windows(method, video, queries, window, progress)
+    before = track_back(method, video, queries, progress)
+    images = (video.read([t])[0] for t in range(video.frames))
+    parts = [
+        tracks for _, tracks in track_on(method.stream(queries), counted(images, video, queries, progress), before)
+    ]
+    return join(parts)
 
 
-def _stream_flow(method: Method, video: Frames) -> FlowOf:
-    """Give the flow of any pairs of a video whose frames are decoded when they are needed."""
-    if method.has("match"):
-        encode = _encoder(method, lambda t: video.read([t]).to(method.device))
-        return lambda pairs: torch.stack([method.match(encode(s), encode(t), video.size) for s, t in pairs], 1)
-
-    def flow_of(pairs: list[tuple[int, int]]) -> Tensor:
-        used = sorted({t for pair in pairs for t in pair})
-        clip = Clip(video=video.read(used).unsqueeze(0).to(method.device))
-        return method.flow(clip, [(used.index(s), used.index(t)) for s, t in pairs]).xy
-
-    return flow_of
+def fits(video: Frames) -> bool:
+    """Whether a video is small enough to be held whole."""
+    return video.frames * video.size[0] * video.size[1] * 3 <= VIDEO_BYTES
 
 
-def _track_windows(method: Method, video: Frames, queries: Tensor, window: int, progress: Progress | None) -> Tracks:
-    """Carry points from window to window, forwards, then backwards for the frames before their queries."""
-    total, n, device = video.frames, queries.shape[1], queries.device
-    xy = torch.zeros(1, total, n, 2)
-    visible = torch.zeros(1, total, n)
-    born = queries[0, :, 0].long()
-    done = 0
-    for forward in (True, False):
-        starts = list(range(0, max(1, total - window // 2), window // 2))
-        state = queries.clone()  # where each point was last seen, in frames of the video
-        for start in starts if forward else starts[::-1]:
-            stop = min(start + window, total)
-            here = (state[0, :, 0] >= start) & (state[0, :, 0] < stop)
-            done += 1
-            if progress:
-                progress(min(total, done * total // (2 * len(starts))), total)
-            index = here.nonzero()[:, 0]
-            if not len(index):
-                continue
-            clip = Clip(video=video.read(range(start, stop)).unsqueeze(0).to(device))
-            local = state[:, index] - state.new_tensor([start, 0, 0])
-            tracks = method.track(clip, local)
-            times = torch.arange(start, stop, device=device)[:, None]
-            new = (times >= state[0, index, 0]) if forward else (times <= state[0, index, 0])
-            new &= (times >= born[index]) if forward else (times < born[index])
-            rows, cols = new.nonzero(as_tuple=True)
-            xy[0, (rows + start).cpu(), index[cols].cpu()] = tracks.xy[0, rows, cols].cpu().float()
-            visible[0, (rows + start).cpu(), index[cols].cpu()] = tracks.visible[0, rows, cols].cpu().float()
-            state[:, index] = _last_seen(tracks, start, new, state[:, index], forward, video.size)
-    return Tracks(xy, visible)
+def counted(
+    images: Iterable[Tensor], video: Frames, queries: Tensor, progress: Progress | None = None
+) -> Iterator[Tensor]:
+    """Pass the frames of the way forwards on and tell of the progress, of which the way back had its share."""
+    back = _frames_back(queries)
+    for t, image in enumerate(images, 1):
+        yield image
+        if progress:
+            progress((back + t) * video.frames // (back + video.frames), video.frames)
 
 
-def _last_seen(tracks: Tracks, start: int, new: Tensor, state: Tensor, forward: bool, size: tuple[int, int]) -> Tensor:
-    """Choose where the next window starts each point: its newest sure sight in the overlap, else its last place."""
-    score = tracks.visible[0].float() * new
-    t = torch.arange(score.shape[0], device=score.device)[:, None].expand_as(score)
-    order = t if forward else -t
-    floor = torch.finfo(torch.float32).min
-    seen = order.float().masked_fill(score < 0.5, floor)
-    # A point not seen in this window's second half must still reach the next one.
-    half = score.shape[0] // 2
-    reach = (t >= half) if forward else (t < score.shape[0] - half)
-    seen = seen.masked_fill(~reach, floor)
-    last = torch.where(seen.amax(0) > floor, seen.argmax(0), (order.masked_fill(~new, -(1 << 30))).argmax(0))
-    place = tracks.xy[0].float().gather(0, last[None, :, None].expand(1, -1, 2))[0]
-    limit = place.new_tensor([size[1], size[0]])
-    place = torch.minimum(place.clamp(min=0), limit)
-    moved = torch.cat([(last + start).unsqueeze(-1).to(state.dtype), place], -1).unsqueeze(0)
-    return torch.where(new.any(0)[None, :, None], moved, state)
+def _frames_back(queries: Tensor) -> int:
+    """How many frames a reversed stream has to see."""
+    last = int(queries[:, 0].max()) if len(queries) else 0
+    return last + 1 if last else 0
 
 
-def follow(
-    flow_of: FlowOf,
-    frames: int,
-    size: tuple[int, int],
-    queries: Tensor,
-    progress: Progress | None = None,
-    spans: Sequence[int] = SPANS,
-) -> Tracks:
-    """Track points by flow, forwards and backwards from their query frames.
-
-    Args:
-        flow_of: gives the flow (B, P, 2, H, W) of P frame pairs.
-        frames: T.
-        size: H, W.
-        queries: (B, N, 3).
-        progress: called with (frames done, frames in all).
-        spans: lengths of the steps to try.
+@torch.no_grad()
+def track_back(method: Method, video: Frames, queries: Tensor, progress: Progress | None = None) -> Tracks | None:
+    """Track points (N, 3) backwards from their query frames, by a stream of the reversed video.
 
     Returns:
-        `Tracks`; `visible` falls smoothly with the forward-backward error of the step that was kept, and is 0 outside
-        the frame; `confidence` falls with the error summed along the way.
+        `Tracks` with B = 1, on the CPU, of the frames from 0 to the last query frame; none where all queries are in
+        frame 0. Only the frames before a point's query mean anything.
     """
-    b, n, _ = queries.shape
-    born = queries[..., 0].long()
-    xy = queries[:, None, :, 1:].float().repeat(1, frames, 1, 1)
-    visible = torch.zeros(b, frames, n, device=queries.device)
-    visible.scatter_(1, born[:, None], 1.0)
-    error = torch.zeros_like(visible)
-    state = (xy, visible, error)
-    first, last = (int(born.min()), int(born.max())) if n else (frames, 0)
-    todo = [(t, 1) for t in range(first + 1, frames)] + [(t, -1) for t in range(last - 1, -1, -1)]
-    for done, (t, direction) in enumerate(todo):
-        _reach(t, direction, flow_of, size, born, state, spans)
+    back = _frames_back(queries)
+    if not back:
+        return None
+    stream = method.stream(queries * queries.new_tensor([-1, 1, 1]) + queries.new_tensor([back - 1, 0, 0]))
+    parts = []
+    for done, t in enumerate(range(back - 1, -1, -1), 1):
+        parts.append(stream.step(video.read([t])).to("cpu"))
         if progress:
-            progress((done + 1) * frames // len(todo), frames)
-    return Tracks(xy, visible, confidence=(-error / 8).exp())
+            progress(done * video.frames // (back + video.frames), video.frames)
+    tracks = join([*parts, stream.finish().to("cpu")])
+    return tracks.map(lambda x: x.flip(1))
 
 
-def _reach(
-    t: int,
-    direction: int,
-    flow_of: FlowOf,
-    size: tuple[int, int],
-    born: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
-    spans: Sequence[int],
-) -> None:
-    """Fill frame t of every point born before it, in the given direction of time, by its most consistent step."""
-    xy, visible, error = state
-    frames = xy.shape[1]
-    alive = (born - t) * direction < 0
-    origin = born[alive]
-    sources = {t - direction * s for s in spans if 0 <= t - direction * s < frames}
-    sources = {s for s in sources if bool(((origin - s) * direction <= 0).any())}
-    flows = {}
-    order = sorted(sources, key=lambda s: abs(t - s))
-    both = flow_of([(s, t) for s in order] + [(t, s) for s in order])
-    for i, s in enumerate(order):
-        flows[s] = (both[:, i], both[:, len(order) + i])
+@torch.no_grad()
+def track_on(
+    stream: Stream, images: Iterable[Tensor], before: Tracks | None = None
+) -> Iterator[tuple[list[Tensor], Tracks]]:
+    """Feed frames (3, H, W) to a stream of the points that it holds, and finish it.
 
-    best = torch.full_like(error[:, t], float("inf"))
-    nearest, trusted = xy[:, t], torch.zeros_like(alive)
-    for s, (there, back) in flows.items():  # the shortest step first
-        step = sample(there, xy[:, s])
-        place = xy[:, s] + step
-        returned = sample(back, place)
-        gap = (step + returned).norm(dim=-1)
-        # Where the frame shows nothing to return from, or the step started unseen, little can be believed.
-        cost = error[:, s] + gap + OCCLUDED * (1 - visible[:, s])
-        # A long step corrects drift; one that leaves a good short step far behind has met a lookalike.
-        stray = trusted & ((place - nearest).norm(dim=-1) > STRAY * math.hypot(*size))
-        better = (cost < best) & alive & ((born - s) * direction <= 0) & ~stray
-        best = torch.where(better, cost, best)
-        xy[:, t] = torch.where(better[..., None], place, xy[:, t])
-        seen = _consistent(gap, step, returned) * _in_frame(place, size)
-        if s == order[0]:
-            nearest, trusted = place, (seen > 0.5) & (visible[:, s] > 0.5)
-        visible[:, t] = torch.where(better, seen, visible[:, t])
-        error[:, t] = torch.where(better, error[:, s] + gap, error[:, t])
+    Args:
+        stream: as it was made.
+        images: as they come; uint8, or float in [0, 1].
+        before: what `track_back` found.
+
+    Yields:
+        The frames that became settled, and their `Tracks` with B = 1 on the CPU.
+    """
+    waiting: deque[Tensor] = deque()
+
+    def settled(tracks: Tracks) -> tuple[list[Tensor], Tracks]:
+        first = stream.settled - tracks.xy.shape[1]
+        return [waiting.popleft() for _ in range(tracks.xy.shape[1])], _merge(before, tracks.to("cpu"), stream, first)
+
+    for image in images:
+        waiting.append(image)
+        tracks = stream.step(image[None])
+        if tracks.xy.shape[1]:
+            yield settled(tracks)
+    yield settled(stream.finish())
 
 
-STRAY = 0.02
-"""Share of the frame's diagonal by which a long step may differ from a consistent step of one frame."""
+def _merge(before: Tracks | None, tracks: Tracks, stream: Stream, first: int) -> Tracks:
+    """Take frames before a point's query from `before`; `first` is the first frame of `tracks`."""
+    if before is None:
+        return tracks
+    k = max(0, min(tracks.xy.shape[1], before.xy.shape[1] - first))
+    t = torch.arange(first, first + k)[:, None]
+    n = before.xy.shape[2]  # points added on the way have no way back
+    early = t < stream.queries[:n, 0].cpu()
 
-OCCLUDED = 4.0
-"""Pixels by which a step from a hidden point must be more consistent than one from a visible point."""
+    def take(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+        if old is None or new is None:
+            return None
+        out, part = new.clone(), old[:, first : first + k]
+        mask = early if new.ndim == 3 else early[..., None]
+        out[:, :k, :n] = torch.where(mask, part, new[:, :k, :n])
+        return out
 
-
-def _consistent(gap: Tensor, step: Tensor, returned: Tensor) -> Tensor:
-    """Probability that a step lands on the same surface: 1/2 at |f + f'|^2 = 0.01 (|f|^2 + |f'|^2) + 1.5^2 px."""
-    limit = 0.01 * (step.square().sum(-1) + returned.square().sum(-1)) + 1.5**2
-    return torch.sigmoid(2 * (1 - gap.square() / limit))
-
-
-def _in_frame(place: Tensor, size: tuple[int, int]) -> Tensor:
-    x, y = place.unbind(-1)
-    return ((x >= 0) & (x <= size[1]) & (y >= 0) & (y <= size[0])).to(place.dtype)
-
-
-def sample(field: Tensor, xy: Tensor) -> Tensor:
-    """Read a field (B, C, H, W) at pixels xy (B, N, 2), bilinear, border beyond: (B, N, C)."""
-    h, w = field.shape[-2:]
-    grid = xy.unsqueeze(1) / xy.new_tensor([w, h]) * 2 - 1
-    out = F.grid_sample(field.float(), grid, padding_mode="border", align_corners=False)
-    return out[:, :, 0].mT
+    xy, visible = take(before.xy, tracks.xy), take(before.visible, tracks.visible)
+    assert xy is not None and visible is not None
+    return Tracks(xy, visible, take(before.depth, tracks.depth), take(before.confidence, tracks.confidence))
 
 
 def _read_dense(method: Method, clip: Clip, queries: Tensor) -> Tracks:

@@ -20,6 +20,7 @@ from trackpl import adapters
 from trackpl.errors import DataError, Error
 from trackpl.metrics.flow import FlowMetrics
 from trackpl.metrics.tapvid import TapVid, first_queries
+from trackpl.streams import Stream, stream_of
 from trackpl.types import Clip, DenseTracks, Flow, Tracks, check_queries
 from trackpl.weights import Published
 
@@ -113,6 +114,16 @@ class Method(LightningModule):
     def track_dense(self, clip: Clip, source: int = 0) -> DenseTracks:
         """Track every pixel of the frame `source` through a clip."""
         return adapters.track_dense(self, clip, source)
+
+    def stream(self, queries: Tensor | None = None) -> Stream:
+        """Begin to track points (N, 3) of (t, x, y) through frames that come one after the other.
+
+        A method without a stream of its own gets one of the platform: by flow, which equals `track`, or by windows.
+        """
+        stream = stream_of(self)
+        if queries is not None:
+            stream.add(queries)
+        return stream
 
     def import_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Translate the keys of the authors' published checkpoint into ours; unknown keys stay as they are."""

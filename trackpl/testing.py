@@ -11,7 +11,7 @@ Each check is a public function that can be run by itself while a method is bein
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from trackpl.checkpoints import load
 from trackpl.method import Method
 from trackpl.plugins import find
+from trackpl.streams import Stream, join
 from trackpl.types import Clip, Tracks
 
 Make = Callable[[], Method]
@@ -78,6 +79,7 @@ def check_method(
         check_batch,
         check_leaves_no_gradient,
         check_half_precision,
+        check_stream,
     ):
         check(make)
         done.append(check.__name__)
@@ -173,6 +175,57 @@ def check_half_precision(make: Make) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         tracks = method.track(clip, _queries(clip))
     assert tracks.xy.isfinite().all() and tracks.visible.isfinite().all(), "NaN or infinity under bf16 autocast"
+
+
+def check_stream(make: Make, frames: int = 10, size: tuple[int, int] = (64, 64)) -> None:
+    """Check that streams count right, forget on reset, do not depend on how frames come, and keep what they claim.
+
+    Claims are `Stream.equals_track` and `Stream.adds_alike`. Better, `frames` are more than the method's window has.
+    """
+    method, clip = make(), moving_clip(frames, size, points=4)
+    queries = _queries(clip)[0]
+    queries[2:, 0] = torch.tensor([frames // 2, frames - 1])
+    stream = method.stream(queries)
+    assert (stream.frames, stream.settled) == (0, 0), "a new stream has taken frames"
+    whole = run_stream(stream, clip.video[0], [frames])
+    _check_shapes(whole, clip, 4)
+    assert not whole.xy.requires_grad, "a stream leaves a gradient behind"
+    t = torch.arange(frames)[:, None]
+    early = t < queries[:, 0]
+    rest = torch.where(early[..., None], whole.xy[0] - queries[:, 1:], 0).abs().max()
+    assert rest == 0 and not whole.visible[0][early].any(), "before its query a point is not hidden at its query"
+    own = torch.where((t == queries[:, 0])[..., None], whole.xy[0] - queries[:, 1:], 0).abs().max()
+    assert own < 1e-2, f"a point is {own:.3g} px away from its own query in its query frame"
+    stream.reset()
+    stream.add(queries)
+    _close(whole, run_stream(stream, clip.video[0], [1, 2, 3]), "frames in other portions, after a reset")
+    if stream.equals_track:
+        found = method.track(clip, queries[None])
+        xy, visible = found.xy.masked_fill(early[None, ..., None], 0), found.visible.masked_fill(early, 0)
+        same = Tracks(whole.xy.masked_fill(early[None, ..., None], 0), whole.visible)
+        _close(Tracks(xy, visible), same, "streamed and whole, which the stream claims to be equal")
+    stream = method.stream(queries[:2])
+    stream.step(clip.video[0, : frames // 2])
+    settled = stream.settled
+    stream.add(queries[2:])
+    late = run_stream(stream, clip.video[0, frames // 2 :], [2])
+    assert late.xy.shape[1:3] == (frames - settled, 4), f"{late.xy.shape[1]} frames after {settled} of {frames}"
+    if stream.adds_alike:
+        _close(Tracks(whole.xy[:, settled:], whole.visible[:, settled:]), late, "points added later and at the start")
+
+
+def run_stream(stream: Stream, video: Tensor, portions: Sequence[int]) -> Tracks:
+    """Feed frames (T, 3, H, W) to a stream in portions of these sizes, over and over, and finish it: all its tracks."""
+    parts, begin, k = [], 0, 0
+    while begin < len(video):
+        n = portions[k % len(portions)]
+        before = stream.settled
+        parts.append(stream.step(video[begin : begin + n]))
+        begin, k = begin + n, k + 1
+        assert stream.settled - before == parts[-1].xy.shape[1], "a stream hands out other frames than it counts"
+    parts.append(stream.finish())
+    assert stream.settled == stream.frames, "a finished stream has frames left"
+    return join(parts)
 
 
 def check_gradients(make: Make, clip: Clip) -> None:

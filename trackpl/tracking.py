@@ -1,4 +1,8 @@
-"""`trackpl track`: points of a video file or a folder of frames, from its pixels to useful files."""
+"""`trackpl track`: points of a video file, a folder of frames or a camera, from their pixels to useful files.
+
+A video that can be held whole is tracked first and written then. A longer one, and a camera, is streamed: its files
+grow while it is tracked (`trackpl.recording`).
+"""
 
 from __future__ import annotations
 
@@ -6,43 +10,37 @@ import argparse
 import csv
 import os
 import re
+import signal
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from trackpl import draw
-from trackpl.errors import DataError, Error, closest
+from trackpl import adapters, draw
+from trackpl.camera import Camera, open_camera
+from trackpl.errors import Error, VideoError, closest
+from trackpl.queries import GRID, read_queries
+from trackpl.recording import COLUMNS, SHEET, Frame, Recorder
 from trackpl.types import Tracks
 from trackpl.usage import Parser, device_of
 from trackpl.video import VideoReader, open_video
 from trackpl.writing import replacing, write_video
 
-GRID = 20
 OUTPUTS = ("tracks.npz", "tracks.csv", "tracks.mp4", "tracks.png")
 _CHUNK = 16  # frames decoded at once while drawing
-_SHEET = 12  # frames on the contact sheet
-
-
-@dataclass(frozen=True)
-class Points:
-    """Query points and what the user called each, for messages."""
-
-    queries: np.ndarray  # (N, 3) float64 of (t, x, y)
-    labels: list[str]
 
 
 def run(args: list[str]) -> int:
     """Track points as the command line says; return 0.
 
     Raises:
-        Error: bad input, always before anything is written.
+        Error: bad input, always before anything is written; or a video that breaks off, after what came before is.
     """
     given = _parse(args)
     device = device_of(given.device)
@@ -50,18 +48,19 @@ def run(args: list[str]) -> int:
     named = given.checkpoint and given.checkpoint.parent == Path() and not given.checkpoint.suffix
     if given.checkpoint and not named and not given.checkpoint.is_file():
         raise Error(f"no checkpoint at {given.checkpoint}: give the file, or none to use the weights that ship")
+    if given.video.name.isdecimal() and not given.video.exists():
+        with closing(open_camera(int(given.video.name))) as camera:
+            out = given.out or Path("tracks") / camera.path
+            _check_out(out, given.overwrite)
+            _stream(given, device, camera, read_queries(given, camera), out)
+        return 0
     video = open_video(given.video)
+    video.frames = min(video.frames, given.frames or video.frames)
     out = given.out or Path("tracks") / _stem(given.video)
     _check_out(out, given.overwrite)
-    queries = _queries(given, video)
-    began = time.perf_counter()
-    tracks = _track(given, device, video, queries)
-    seconds = time.perf_counter() - began
-    xy = tracks.xy.detach().float().cpu().reshape(video.frames, len(queries), 2)
-    visibility = tracks.visible.detach().float().cpu().reshape(xy.shape[:2])
-    visible = visibility > given.threshold
-    _save(out, xy, visible, visibility, queries, video, given)
-    _tell(out, visible, seconds, given)
+    queries = read_queries(given, video)
+    work = _whole if adapters.fits(video) else _stream
+    work(given, device, video, queries, out)
     return 0
 
 
@@ -73,7 +72,12 @@ def _parse(args: list[str]) -> argparse.Namespace:
         f"a grid of {GRID} x {GRID} is tracked.",
     )
     add = parser.add_argument
-    add("video", metavar="VIDEO", type=Path, help="a video file, or a folder of jpg, png or webp frames")
+    add(
+        "video",
+        metavar="VIDEO",
+        type=Path,
+        help="a video file, a folder of jpg, png or webp frames, or the number of a camera, such as 0",
+    )
     add(
         "--model",
         metavar="NAME",
@@ -102,6 +106,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         default=0,
         help="frame of the grid and of points without one (default: 0)",
     )
+    add("--frames", metavar="N", type=int, help="only the first N frames (default: all; a camera: until Ctrl-C)")
     add("--out", metavar="DIR", type=Path, help="where the files go (default: tracks/<name of the video>)")
     add("--overwrite", action="store_true", help="replace the files of an earlier run in DIR")
     add(
@@ -131,6 +136,8 @@ def _parse(args: list[str]) -> argparse.Namespace:
         _refuse(unknown, parser)
     if given.grid is not None and given.grid < 1:
         raise Error(f"--grid {given.grid}: allowed is a whole number from 1 on")
+    if given.frames is not None and given.frames < 1:
+        raise Error(f"--frames {given.frames}: allowed is a whole number from 1 on")
     if given.tail < 0:
         raise Error(f"--tail {given.tail}: allowed is a whole number of frames from 0 on")
     if not 0 <= given.threshold < 1:
@@ -162,156 +169,35 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise Error(f"cannot write to {out}: {parent} is not a folder that you may write to; choose another --out")
 
 
-# Queries ----------------------------------------------------------------------------------------------------
+# A video that can be held whole -----------------------------------------------------------------------------
 
 
-def _queries(given: argparse.Namespace, video: VideoReader) -> np.ndarray:
-    """Collect all points of the command line as (N, 3) of (t, x, y), checked against the video."""
-    sets = []
-    if given.points:
-        sets.append(_from_words(given.points, given.start))
-    if given.points_file:
-        sets.append(_from_file(given.points_file, given.start))
-    if given.grid or given.mask or not sets:
-        sets.append(_grid(given.grid or GRID, given.start, video.size, given.mask))
-    for points in sets:
-        _check(points, video)
-    return np.concatenate([points.queries for points in sets])
+def _whole(given: argparse.Namespace, device: str, video: VideoReader, queries: np.ndarray, out: Path) -> None:
+    from trackpl import checkpoints  # heavy: a wrong option is answered without them
 
-
-def _from_words(words: list[str], start: int) -> Points:
-    rows = []
-    for word in map(str.strip, words):
-        place, _, frame = word.partition("@")
-        try:
-            x, y = (float(v) for v in place.split(","))
-            rows.append((float(frame) if "@" in word else start, x, y))
-        except ValueError:
-            hint = "; the video comes before --points" if Path(word).exists() else ""
-            raise Error(f"'{word}' is not a point: allowed is X,Y or X,Y@T such as 120.5,64@10{hint}") from None
-    return Points(np.array(rows), [f"'{word.strip()}'" for word in words])
-
-
-def _from_file(path: Path, start: int) -> Points:
-    if not path.is_file():
-        raise Error(f"no file of points at {path}")
-    readers = {".npy": _read_npy, ".csv": _read_text, ".txt": _read_text}
-    if path.suffix.lower() not in readers:
-        raise Error(f"--points-file {path.name}: allowed are .csv, .txt and .npy")
-    rows, labels = readers[path.suffix.lower()](path)
-    if not len(rows):
-        raise DataError(f"{path} holds no points: give a line t,x,y or x,y for each")
-    if rows.shape[1] == 2:
-        rows = np.concatenate([np.full((len(rows), 1), start), rows], 1)
-    return Points(rows, labels)
-
-
-def _read_npy(path: Path) -> tuple[np.ndarray, list[str]]:
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path} is not a readable .npy array of numbers") from error
-    if (
-        not isinstance(rows, np.ndarray)
-        or rows.ndim != 2
-        or rows.shape[1] not in (2, 3)
-        or rows.dtype.kind not in "iuf"
-    ):
-        raise DataError(f"{path} must hold numbers of shape (N, 3) for t,x,y or (N, 2) for x,y")
-    return rows.astype(np.float64), [f"of row {i}" for i in range(len(rows))]
-
-
-def _read_text(path: Path) -> tuple[np.ndarray, list[str]]:
-    """Read lines of t,x,y or x,y, divided by commas, semicolons or blanks; a first line may name them."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a text file: allowed are lines of t,x,y or x,y") from error
-    cells = [(n, line.replace(",", " ").replace(";", " ").split()) for n, line in enumerate(lines, 1)]
-    cells = [(n, c) for n, c in cells if c and not c[0].startswith("#")]
-    order: list[int] | None = None
-    if cells and sorted(name.lower() for name in cells[0][1]) in (["t", "x", "y"], ["x", "y"]):
-        names = [name.lower() for name in cells.pop(0)[1]]
-        order = [names.index(name) for name in "txy" if name in names]
-    width = len(order or (cells[0][1] if cells else "txy"))
-    rows = []
-    for n, line in cells:
-        try:
-            row = [float(v) for v in line]
-        except ValueError:
-            row = []
-        if len(row) != width or width not in (2, 3):
-            raise DataError(f"line {n} of {path} is '{lines[n - 1].strip()[:60]}': allowed are numbers t,x,y or x,y")
-        rows.append([row[i] for i in order] if order else row)
-    return np.array(rows), [f"of line {n}" for n, _ in cells]
-
-
-def _grid(n: int, start: int, size: tuple[int, int], mask: Path | None) -> Points:
-    """Put N x N points on the centres of equal cells over the frame, or over what the mask marks."""
-    marked = _read_mask(mask, size) if mask else np.ones(size, dtype=bool)
-    rows, columns = np.flatnonzero(marked.any(1)), np.flatnonzero(marked.any(0))
-    top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
-    cells = (np.arange(n) + 0.5) / n
-    y, x = np.meshgrid(top + cells * (bottom - top), left + cells * (right - left), indexing="ij")
-    keep = marked[y.astype(int), x.astype(int)]
-    if not keep.any():
-        raise Error(f"no point of a grid of {n} x {n} falls on what {mask} marks: try --grid {4 * n}")
-    if mask:
-        print(f"{keep.sum()} of the {n} x {n} grid points lie on the mask")
-    queries = np.stack([np.full(keep.sum(), float(start)), x[keep], y[keep]], 1)
-    return Points(queries, ["of the grid"] * len(queries))
-
-
-def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """Read where a picture is not 0, brought to the frame's size: bool (H, W)."""
-    if not path.is_file():
-        raise Error(f"no mask at {path}: give a png")
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            bands = image.getbands()
-            values: np.ndarray = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"the mask {path} is not a readable png") from error
-    if values.ndim == 3:
-        alpha = bands[-1] == "A"
-        shown = values[..., -1] > 0 if alpha else np.array(True)
-        values = values[..., : len(bands) - alpha].any(-1) & shown
-    (h, w), (mh, mw) = size, values.shape
-    if abs(mw * h - mh * w) > max(mw, mh, w, h):  # one pixel of rounding
-        raise DataError(f"the mask {path} is {mw}x{mh} and the video {w}x{h}: their shapes must agree")
-    marked = values[np.arange(h) * mh // h][:, np.arange(w) * mw // w] != 0
-    if not marked.any():
-        raise DataError(f"the mask {path} marks nothing: some of its pixels must not be 0")
-    return marked
-
-
-def _check(points: Points, video: VideoReader) -> None:
-    t, x, y = points.queries.T
-    h, w = video.size
-    bad = ~((t >= 0) & (t < video.frames) & (t == np.floor(t)) & (x >= 0) & (x <= w) & (y >= 0) & (y <= h))
-    if bad.any():
-        n = int(bad.argmax())
-        raise DataError(
-            f"the point {points.labels[n]} (t={t[n]:g}, x={x[n]:g}, y={y[n]:g}) is outside {video.path}: "
-            f"t is a whole number in [0, {video.frames - 1}], x in [0, {w}], y in [0, {h}]"
-        )
-
-
-# Work and results -------------------------------------------------------------------------------------------
-
-
-def _track(given: argparse.Namespace, device: str, video: VideoReader, queries: np.ndarray) -> Tracks:
-    from trackpl import adapters, checkpoints  # heavy: a wrong option is answered without them
-
+    began = time.perf_counter()
     method = checkpoints.load(given.model, given.checkpoint, device)
     points = torch.from_numpy(queries).float()
-    with tqdm(total=video.frames, desc="tracking", unit="frame", dynamic_ncols=True) as bar:
+    with _bar(video.frames) as bar:
+        tracks = adapters.track_video(method, video, points, progress=_progress(bar))
+    seconds = time.perf_counter() - began
+    xy = tracks.xy.detach().float().cpu().reshape(video.frames, len(queries), 2)
+    visibility = tracks.visible.detach().float().cpu().reshape(xy.shape[:2])
+    visible = visibility > given.threshold
+    _save(out, xy, visible, visibility, queries, video, given)
+    _tell(out, visible.shape, int(visible.sum()), seconds)
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
 
-        return adapters.track_video(method, video, points, progress=progress)
+def _bar(frames: int | None) -> tqdm:
+    return tqdm(total=frames, desc="tracking", unit="frame", dynamic_ncols=True)
+
+
+def _progress(bar: tqdm) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return progress
 
 
 def _save(
@@ -335,7 +221,7 @@ def _save(
             queries=queries.astype(np.float32),
         )
     _save_csv(out / "tracks.csv", xy.numpy(), visible.numpy())
-    sheet = sorted({round(i * (video.frames - 1) / (_SHEET - 1)) for i in range(_SHEET)})
+    sheet = sorted({round(i * (video.frames - 1) / (SHEET - 1)) for i in range(SHEET)})
     wanted = sheet if given.no_video else list(range(video.frames))
     starts = torch.from_numpy(queries[:, 1:])
     kept: list[Tensor] = []
@@ -353,7 +239,7 @@ def _save(
 def _save_csv(path: Path, xy: np.ndarray, visible: np.ndarray) -> None:
     with replacing(path) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["point", "frame", "x", "y", "visible"])
+        writer.writerow(COLUMNS)
         frames = range(len(xy))
         for n in range(xy.shape[1]):
             x, y = ([f"{v:.4f}" for v in xy[:, n, axis].tolist()] for axis in (0, 1))
@@ -382,9 +268,111 @@ def _noting(frames: Iterator[Tensor], places: set[int], kept: list[Tensor]) -> I
         yield frame
 
 
-def _tell(out: Path, visible: Tensor, seconds: float, given: argparse.Namespace) -> None:
-    frames, points = visible.shape
-    share = 100 * visible.float().mean()
+# A long video, or a camera ----------------------------------------------------------------------------------
+
+
+def _stream(
+    given: argparse.Namespace, device: str, source: VideoReader | Camera, queries: np.ndarray, out: Path
+) -> None:
+    """Track and write frame by frame, until the frames end or the user ends it.
+
+    Raises:
+        VideoError: the frames broke off; what came before is written.
+        KeyboardInterrupt: the user ended it before a video's end; what came before is written.
+    """
+    from trackpl import checkpoints
+
+    began = time.perf_counter()
+    method = checkpoints.load(given.model, given.checkpoint, device)
+    points = torch.from_numpy(queries).float().to(method.device)
+    broken: list[VideoError] = []
+    with _bar(source.frames) as bar:
+        before = None
+        images: Iterable[Tensor]
+        if isinstance(source, VideoReader):
+            before = adapters.track_back(method, source, points, _progress(bar))
+            images = (source.read([t])[0] for t in range(source.frames))
+            images = adapters.counted(images, source, points, _progress(bar))
+        else:
+            bar.write(f"{source.path}: {source.size[1]}x{source.size[0]}; Ctrl-C ends it")
+            images = _ticking(source, bar)
+        out.mkdir(parents=True, exist_ok=True)
+        options = {"threshold": given.threshold, "tail": given.tail, "video": not given.no_video}
+        recorder = Recorder(out, queries, source.size, source.fps, **options)
+        with _gently() as asked:
+            images = _until(images, asked, given.frames, broken)
+            pieces = adapters.track_on(method.stream(points), images, before)
+            try:
+                recorder.write(_frames(pieces))
+            except Error as error:
+                raise (broken[0] if broken and not recorder.frames else error) from None
+            stopped = asked()
+    _tell(out, (recorder.frames, len(queries)), recorder.seen, time.perf_counter() - began)
+    if broken:
+        raise VideoError(f"{broken[0]}; the {recorder.frames} frames before it are in {out}")
+    if stopped and source.frames is not None:
+        raise KeyboardInterrupt
+
+
+def _until(
+    images: Iterable[Tensor], asked: Callable[[], bool], limit: int | None, broken: list[VideoError]
+) -> Iterator[Tensor]:
+    """Pass frames on until the user asks to end, there are enough of them, or they break off, which is noted."""
+    try:
+        for n, image in enumerate(images, 1):
+            yield image
+            if asked() or n == limit:
+                return
+    except VideoError as error:
+        broken.append(error)
+
+
+def _ticking(images: Iterable[Tensor], bar: tqdm) -> Iterator[Tensor]:
+    for image in images:
+        yield image
+        bar.update()
+
+
+def _frames(pieces: Iterable[tuple[list[Tensor], Tracks]]) -> Iterator[Frame]:
+    for images, tracks in pieces:
+        yield from zip(images, tracks.xy[0], tracks.visible[0], strict=True)
+
+
+@contextmanager
+def _gently() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C (or kill) end the work after the frame at hand; the second stops it at once.
+
+    Gives a function that says whether the user asked to end.
+    """
+    asked = False
+    if threading.current_thread() is not threading.main_thread():  # where there are no signals
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        restore()
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield lambda: asked
+    finally:
+        restore()
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _tell(out: Path, shape: tuple[int, int], seen: int, seconds: float) -> None:
+    frames, points = shape
+    share = 100 * seen / (frames * points)
     print(f"{frames} frames x {points} points in {seconds:.1f} s, {share:.0f} % visible; the files:")
     about = {
         "tracks.npz": f"xy {(frames, points, 2)}, visible {(frames, points)}, queries {(points, 3)}",
