@@ -255,6 +255,50 @@ def test_the_first_stage_trains_the_initial_track_alone():
     assert rest == {"refinement"}
 
 
+def test_the_matching_loss_is_the_cross_entropy_of_the_true_cell():
+    torch.manual_seed(0)
+    clip = moving_clip(3, (64, 64), points=6)
+    queries = torch.cat([torch.zeros(1, 6, 1), clip.tracks[:, 0]], -1)
+    visible = clip.visible.clone()
+    visible[:, 1:, 0] = False
+    clip = dataclasses.replace(clip, queries=queries, visible=visible)
+    method = LocoTrack(initial_resolution=(64, 64), iterations=0, matching_weight=2.0)
+    loss = method.losses(clip)["matching"]
+    maps = [features.detach() for features in method.backbone(clip.video[0] * 2 - 1)]
+    cells = (clip.tracks[0] / 4).long()  # of stride 4, 16 x 16
+    expected = []
+    for t, n in visible[0].nonzero().tolist():
+        scores = []
+        for level, stride in ((2, 8), (1, 4)):
+            # The query's feature, bilinear between cell centres, and its product with every cell of the frame.
+            at = (clip.tracks[0, 0, n] / 32 - 1).view(1, 1, 1, 2)
+            fine = maps[level].permute(0, 3, 1, 2)
+            query = torch.nn.functional.grid_sample(fine[:1], at, align_corners=False, padding_mode="border")[
+                0, :, 0, 0
+            ]
+            score = (fine[t] * query[:, None, None]).sum(0)[None, None]
+            if stride == 8:
+                score = torch.nn.functional.interpolate(score, (16, 16), mode="bilinear", align_corners=False)
+            scores.append(score)
+        mixed = 20 * method.initial.cost(torch.cat(scores, 1))[0, 0]
+        expected.append(mixed.logsumexp((0, 1)) - mixed[cells[t, n, 1], cells[t, n, 0]])
+    assert torch.isclose(loss, 2 * torch.stack(expected).mean(), rtol=1e-4)
+    loss.backward()
+    assert method.backbone.stem.weight.grad.abs().max() > 0
+
+
+def test_the_tiny_size_is_ours_and_known_by_its_weights(tmp_path):
+    torch.manual_seed(0)
+    method = LocoTrack("tiny", **TINY).eval()
+    torch.save({"state_dict": method.state_dict()}, tmp_path / "bare.ckpt")
+    again = trackpl.load("locotrack", tmp_path / "bare.ckpt", **TINY)
+    assert again.hparams["size"] == "tiny"
+    clip = moving_clip(4, (64, 96), points=5)
+    queries = torch.cat([torch.zeros(1, 5, 1), clip.tracks[:, 0]], -1)
+    one, two = method.track(clip, queries), again.track(clip, queries)
+    assert torch.equal(one.xy, two.xy) and one.xy.shape == (1, 4, 5, 2)
+
+
 def test_truth_of_hidden_points_and_tracks_never_seen_do_not_count():
     method = LocoTrack(**TINY)
     clip = moving_clip(3, (64, 64), points=4)
@@ -391,6 +435,7 @@ def test_default_resolutions_equal_the_goldens():
         {"iterations": -1},
         {"query_chunk": 0},
         {"temperature": 0.0},
+        {"matching_weight": -1.0},
         {"initial_resolution": (60, 64)},
         {"resolution": 0},
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import sys
 import zipfile
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from trackpl.errors import CheckpointError, closest
 from trackpl.method import Method
 from trackpl.plugins import find, plugins
-from trackpl.weights import resolve
+from trackpl.weights import is_commercial, resolve
 
 
 def load(name: str, checkpoint: str | Path | None = None, device: str = "cpu", **init_args: Any) -> Method:
@@ -48,10 +49,15 @@ def load(name: str, checkpoint: str | Path | None = None, device: str = "cpu", *
         owner = next((p.name for p in plugins().values() if p.class_path == class_path), None)
         hint = f"name '{owner}' instead" if owner else "its plugin is not installed"
         raise CheckpointError(f"{path} is a checkpoint of method '{owner or class_path}', not of '{name}'; {hint}")
-    stored = stored or cls.options_of(state)
+    if not stored:
+        named = next((p.options for p in cls.published if p.file_name == path.name), {})
+        stored = dict(named) | cls.options_of(state)
     options = {k: v for k, v in stored.items() if k in known and k not in ("optimizer", "lr_scheduler")}
     method: Method = cls(**(options | init_args))
-    fit_state(method, method.import_weights(state), path)
+    weights = method.import_weights(state)
+    fit_state(method, weights, path)
+    if weights.keys() != state.keys() and not is_commercial(cls.info.weights_licence):
+        print(f"trackpl: {path.name}: non-commercial weights, {cls.info.weights_licence}", file=sys.stderr)
     return method.to(device).eval()
 
 

@@ -41,6 +41,7 @@ class Published:
     sha256: str | None = None  # None: nobody states it; that of the first download is kept
     figures: Mapping[str, str] = field(default_factory=dict, hash=False)  # benchmark -> figure and its source
     note: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # which its content does not tell
 
     def __post_init__(self) -> None:
         """Refuse what could not be fetched safely: the name becomes that of a file."""
@@ -65,7 +66,7 @@ class Published:
     @property
     def commercial(self) -> bool:
         """Whether the licence, by its wording, allows more than non-commercial use."""
-        return not re.search(r"non[- ]?commercial|\bNC\b|research[- ]only", self.licence, re.IGNORECASE)
+        return is_commercial(self.licence)
 
     @property
     def known_sha256(self) -> str | None:
@@ -95,6 +96,11 @@ class Published:
         if known is not None and (found := file_sha256(self.path)) != known:
             return f"{self.path} has the SHA-256 {found}, not {known}"
         return ""
+
+
+def is_commercial(licence: str) -> bool:
+    """Whether a licence, by its wording, allows more than non-commercial use."""
+    return not re.search(r"non[- ]?commercial|\bNC\b|research[- ]only", licence, re.IGNORECASE)
 
 
 def file_sha256(path: Path) -> str:

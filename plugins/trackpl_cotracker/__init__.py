@@ -1,0 +1,1 @@
+"""CoTracker as a `trackpl` method."""
