@@ -10,7 +10,7 @@ fit: install  ## learn dense correspondence from unlabelled clips, on whatever m
 	$(BIN)/trackpl fit --config configs/crw_multiscale.yaml
 
 test: install check  ## everything that CI runs
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

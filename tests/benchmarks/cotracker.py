@@ -1,6 +1,7 @@
-"""Where CoTracker's CPU time goes on one thread, and memory of many points and of a long video.
+"""Where CoTracker's CPU time goes on one thread, what sharing features saves, and memory of many points.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/cotracker.py [--frames 24] [--points 73] [--skip-memory]
+    OMP_NUM_THREADS=1 python tests/benchmarks/cotracker.py --targets 20 --frames 24    # the single-point protocol alone
 
 384 x 512, all points joint. Weights are random: time does not depend on them. On one core of another machine the
 authors' version 1 took 0.63 s a frame for the encoder, 0.33 s an update for the transformer, and about 20 % more.
@@ -12,10 +13,13 @@ import time
 from pathlib import Path
 
 import torch
+from trackpl_cotracker.method import CoTracker
 from trackpl_cotracker.version1 import Version1
 from trackpl_cotracker.version2 import Version2
 from trackpl_cotracker.version3 import Version3
 from trackpl_cotracker.windows import track_groups
+
+from trackpl import Clip
 
 SIZE = (384, 512)
 
@@ -106,14 +110,40 @@ def profile(name, make, frames, points):
     print("|", name, "|", points, "|", frames, "|", " | ".join(row), "|", flush=True)
 
 
+def protocol(targets, frames):
+    """Version 1, each target with its support points, strided: all at once, and in a loop that shares nothing."""
+    torch.manual_seed(0)
+    method = CoTracker(protocol="single", chunk=73 * targets).eval()
+    clip = Clip(video=torch.randint(0, 256, (1, frames, 3, *SIZE), dtype=torch.uint8))
+    time_of = torch.randint(0, frames, (1, targets, 1)).float()
+    queries = torch.cat([time_of, torch.rand(1, targets, 2) * torch.tensor([SIZE[1], SIZE[0]])], -1)
+    start = time.thread_time()
+    together = method.track(clip, queries)
+    middle = time.thread_time()
+    alone = []
+    for one in queries.split(1, 1):
+        method.forget()
+        alone.append(method.track(clip, one).xy)
+    loop, ours = time.thread_time() - middle, middle - start
+    gap = (torch.cat(alone, 2) - together.xy).abs().max()
+    print(
+        f"{targets} targets, {frames} frames: {ours:.1f} s together, {loop:.1f} s in a loop, {loop / ours:.2f} times;"
+    )
+    print(f"largest difference {gap:.2g} px")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--points", type=int, default=73)
     parser.add_argument("--only", default="", help="versions whose name holds this")
     parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--targets", type=int, help="measure the single-point protocol for so many, and nothing else")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.targets:
+        protocol(options.targets, options.frames)
+        return
     chosen = {k: v for k, v in versions().items() if options.only in k}
     print("| version | points | frames | encoder s | transformer s | everything else s | of the two |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
