@@ -18,9 +18,7 @@ a window is tracked by repeating its last frame, and Huber's loss serves occlude
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -32,6 +30,7 @@ from torch import Tensor
 from trackpl import Clip, Info, Method, Tracks
 from trackpl.checkpoints import fit_state, read_checkpoint
 from trackpl.errors import DataError, Error
+from trackpl.kept import Kept
 from trackpl.streams import Stream
 from trackpl.types import DenseTracks, check_queries
 from trackpl_cotracker import protocol as protocols
@@ -61,16 +60,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=5e-4, weight_decay=1e-5)
-
-
-@dataclass
-class _Cache:
-    """Features of the clip that was tracked last, with copies of all that they follow from."""
-
-    video: Tensor
-    weights: Tensor
-    dtype: torch.dtype | None
-    features: Features
 
 
 class CoTracker(Method):
@@ -173,7 +162,7 @@ class CoTracker(Method):
             self.model = Version2(stride, window, rounds, width, HEADS, depth)
         else:
             self.model = Version3(stride, window, rounds, mode == "online", mask_unstarted, width, HEADS, depth)
-        self._cache: _Cache | None = None
+        self._kept = Kept()
 
     def import_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Translate the keys of the authors' checkpoints of any version, with or without a leading ``module.``."""
@@ -250,20 +239,12 @@ class CoTracker(Method):
 
     def forget(self) -> None:
         """Free the features of the last clip."""
-        self._cache = None
+        self._kept.forget()
 
     def train(self, mode: bool = True) -> CoTracker:
         """Set training mode; kept features are freed."""
-        self._cache = None
+        self._kept.forget()
         return super().train(mode)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CoTracker:
-        """Copy the method without the features of its last clip."""
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_cache"})
-        new._cache = None
-        return new
 
     @property
     def bidirectional(self) -> bool:
@@ -391,20 +372,14 @@ class CoTracker(Method):
         return self.model.encode(video, prepare)
 
     def _features(self, clip: Clip) -> Features:
-        """Return the features of all frames of a batch, kept if they are those of one video, video after video.
-
-        Contents are compared, not addresses.
-        """
+        """Return the features of all frames of a batch, kept if they are those of one video, video after video."""
         if len(clip.video) > 1:
             return self.extract(clip.video.flatten(0, 1))
-        kind = clip.video.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        weights = torch.cat([p.detach().flatten() for p in self.model.encoder.parameters()])
-        old = self._cache
-        if old is None or old.dtype != dtype or not (_same(old.video, clip.video) and _same(old.weights, weights)):
-            self._cache = None  # before the new features are made
-            self._cache = old = _Cache(clip.video.clone(), weights, dtype, self.extract(clip.video[0]))
-        return old.features
+        kept = self._kept.of(clip.video, self.model.encoder)
+        if "features" not in kept:
+            kept["features"] = self.extract(clip.video[0])
+        features: Features = kept["features"]
+        return features
 
     # Training ------------------------------------------------------------------------------------------------------
 
@@ -467,7 +442,3 @@ def _check_sizes(least: int, **given: int | None) -> None:
     for option, value in given.items():
         if value is not None and value < least:
             raise Error(f"cotracker needs {option} of {least} or more, got {value}")
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

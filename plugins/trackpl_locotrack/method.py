@@ -15,10 +15,8 @@ is coded with other signs and order. All refinement happens at the last of the r
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,6 +29,7 @@ from torch import Tensor
 from trackpl import Clip, Info, Method, Tracks
 from trackpl.checkpoints import fit_state, read_checkpoint
 from trackpl.errors import DataError, Error
+from trackpl.kept import Kept
 from trackpl.types import check_queries
 from trackpl_locotrack import weights as weights_of
 from trackpl_locotrack.backbone import CHANNELS, Backbone
@@ -50,16 +49,6 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
 
 def _warmup_cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return WarmupCosine(optimizer)
-
-
-@dataclass
-class _Cache:
-    """Features of the clip that was tracked last, with copies of all that they follow from."""
-
-    video: Tensor
-    weights: Tensor
-    dtype: torch.dtype | None
-    features: dict[Size, Features]
 
 
 class LocoTrack(Method):
@@ -136,7 +125,7 @@ class LocoTrack(Method):
         h, w = initial_resolution
         self.initial_resolution: Size = (h, w)
         self.resolution, self.start_from, self.matching_weight = resolution, start_from, matching_weight
-        self._cache: _Cache | None = None
+        self._kept = Kept()
 
     def import_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Translate the keys of the authors' PyTorch checkpoints, with or without their leading ``model.``."""
@@ -162,7 +151,7 @@ class LocoTrack(Method):
             none = queries.new_zeros(len(queries), clip.frames, 0)
             return Tracks(none[..., None].expand(-1, -1, -1, 2), none)
         frame, place = _split(queries, clip.size)
-        kept = self._recall(clip) if len(queries) == 1 else None
+        kept = self._kept.of(clip.video, self.backbone) if len(queries) == 1 else None
         xy, visible = [], []
         for b in range(len(queries)):
             video = self._resized(clip.video[b])
@@ -185,38 +174,19 @@ class LocoTrack(Method):
         """
         if len(clip.video) != 1:
             raise DataError(f"locotrack keeps features of one video, got a batch of {len(clip.video)}")
-        kept, video = self._recall(clip), self._resized(clip.video[0])
+        kept, video = self._kept.of(clip.video, self.backbone), self._resized(clip.video[0])
         first, levels = self._resolutions(video)
         for resolution in {first, *levels}:
             self._features(video, resolution, kept)
 
     def forget(self) -> None:
         """Free the features of the last clip."""
-        self._cache = None
+        self._kept.forget()
 
     def train(self, mode: bool = True) -> LocoTrack:
         """Set training mode; kept features are freed."""
-        self._cache = None
+        self._kept.forget()
         return super().train(mode)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LocoTrack:
-        """Copy the method without the features of its last clip."""
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_cache"})
-        new._cache = None
-        return new
-
-    def _recall(self, clip: Clip) -> dict[Size, Features]:
-        """Return what is kept of this clip, under these weights; contents are compared, not addresses."""
-        kind = clip.video.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        parameters = torch.cat([p.detach().flatten() for p in self.backbone.parameters()])
-        old = self._cache
-        if old is None or old.dtype != dtype or not (_same(old.video, clip.video) and _same(old.weights, parameters)):
-            self._cache = old = None  # before the new features are made
-            self._cache = old = _Cache(clip.video.clone(), parameters, dtype, {})
-        return old.features
 
     # The method, for one video -------------------------------------------------------------------------------------
 
@@ -424,7 +394,3 @@ def _each(function: Callable[[slice], list[State]], chunks: list[slice]) -> list
 def _state(parts: list[Tensor]) -> State:
     place, occluded, far = parts
     return place, occluded, far
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
