@@ -40,7 +40,7 @@ def test_every_experiment_trains_validates_and_its_checkpoint_tracks(name, shard
         options += ["--model.resolution", "128"]
     data = yaml.safe_load(configs.find(name).read_text())["data"]
     if data.get("init_args", data).get("frames", 0) > 4:  # what the clips here have
-        options += ["--data.frames", "4", "--data.points", "8"]
+        options += ["--data.frames", "4", "--data.stride", "1", "--data.points", "8"]
     fit = trackpl("fit", "--config", name, "--config", "hardware/cpu", *options, cwd=tmp_path)
     assert fit.returncode == 0, fit.stderr
     (run,) = (tmp_path / "runs").glob("*/*")
