@@ -16,7 +16,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy data_prep/trackpl_prep plugins/trackpl_locotrack plugins/trackpl_cotracker
+	$(BIN)/mypy data_prep/trackpl_prep plugins/trackpl_crw plugins/trackpl_locotrack plugins/trackpl_cotracker
 
 install: $(READY)
 

@@ -80,7 +80,7 @@ def test_with_nothing_said_a_grid_is_tracked_and_all_files_are_told(clip, asked,
     }
     np.testing.assert_allclose(found["queries"][:, 1:], grid(20), atol=1e-5)
     np.testing.assert_allclose(found["xy"][3, :, 0] - found["queries"][:, 1], 3, atol=1e-4)
-    assert asked == [("crw_multiscale", None, "cuda" if torch.cuda.is_available() else "cpu")]
+    assert asked == [("locotrack", None, "cuda" if torch.cuda.is_available() else "cpu")]
     said = capsys.readouterr()
     assert all(str(out / name) in said.out for name in tracking.OUTPUTS)
     assert "9 frames x 400 points" in said.out and "56 % visible" in said.out and "next: " in said.out

@@ -17,8 +17,9 @@ import trackpl
 from trackpl import cli
 from trackpl.downloads import Download
 from trackpl.errors import CheckpointError, DataError, Error, UnreachableError
+from trackpl.published import Published, resolve
 from trackpl.remote import Patience
-from trackpl.weights import Published, get, resolve
+from trackpl.weights import get
 
 CONTENT = random.Random(0).randbytes(300_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -56,7 +57,7 @@ def publish(tmp_path, monkeypatch):
         name = f"tiny{abs(hash((tmp_path, records))) % 10**8}"  # modules of earlier tests stay imported
         code = Path(__file__).with_name("tiny.py").read_text()
         listed = ", ".join(repr(r) for r in records)
-        code += f"\nfrom trackpl.weights import Published\nTiny.published = ({listed},)\n"
+        code += f"\nfrom trackpl.published import Published\nTiny.published = ({listed},)\n"
         module = f"trackpl_{name}"
         install(
             tmp_path / "site",
@@ -138,7 +139,9 @@ def test_a_broken_plugin_is_named_and_hides_nothing(publish, command, tmp_path):
 
 def test_nobody_publishes_under_the_name_of_another(publish, command, tmp_path):
     publish(record())
-    code = "from trackpl import Method\nfrom trackpl.weights import Published\nclass Good(Method):\n    contract = 1\n"
+    code = (
+        "from trackpl import Method\nfrom trackpl.published import Published\nclass Good(Method):\n    contract = 1\n"
+    )
     others = {
         "heir": record(),  # a subclass inherits the list of its parent
         "another": record(licence="GPL"),
@@ -177,7 +180,7 @@ def test_get_of_what_ships_and_names_that_are_none(publish, command):
     assert Path(command("path", "crw_multiscale")[1].strip()).is_file()
     for args, message in {
         ("get", "tooy"): "did you mean 'toy'?",
-        ("get", "tiny"): "crw_multiscale, locotrack_base, ",  # it ships none
+        ("get", "tiny"): "crw_multiscale, locotrack, locotrack_base, ",  # it ships none
         ("path", "toy"): "fetch it: trackpl weights get toy",
         ("get",): "needs a NAME",
         ("list", "toy"): "takes no NAME",

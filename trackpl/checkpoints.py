@@ -7,7 +7,6 @@ import json
 import pickle
 import sys
 import zipfile
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from trackpl.errors import CheckpointError, closest
 from trackpl.method import Method
 from trackpl.plugins import find, plugins
-from trackpl.weights import is_commercial, resolve
+from trackpl.published import is_commercial, resolve, shipped_path
 
 
 def load(name: str, checkpoint: str | Path | None = None, device: str = "cpu", **init_args: Any) -> Method:
@@ -49,7 +48,7 @@ def load(name: str, checkpoint: str | Path | None = None, device: str = "cpu", *
         owner = next((p.name for p in plugins().values() if p.class_path == class_path), None)
         hint = f"name '{owner}' instead" if owner else "its plugin is not installed"
         raise CheckpointError(f"{path} is a checkpoint of method '{owner or class_path}', not of '{name}'; {hint}")
-    if not stored:
+    if not stored or (class_path is None and not stored.keys() <= set(known)):  # somebody else's
         named = next((p.options for p in cls.published if p.file_name == path.name), {})
         stored = dict(named) | cls.options_of(state)
     options = {k: v for k, v in stored.items() if k in known and k not in ("optimizer", "lr_scheduler")}
@@ -119,13 +118,6 @@ def fit_state(method: Method, state: dict[str, Tensor], path: Path) -> None:
             + "\n".join(rows[:12] + more)
         )
     method.load_state_dict({k: state[k].to(own[k].dtype) for k in own})
-
-
-def shipped_path(cls: type[Method]) -> Path | None:
-    """Return where the weights that ship with a method must be, or None if it ships none."""
-    if cls.weights is None:
-        return None
-    return Path(str(files(cls.__module__.rpartition(".")[0]) / cls.weights))
 
 
 def _shipped(cls: type[Method], name: str) -> Path:

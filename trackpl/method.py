@@ -7,7 +7,7 @@ Training, validation, prediction and the capabilities it lacks are the platform'
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,13 +16,13 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from trackpl import adapters
+from trackpl import adapters, propagation
 from trackpl.errors import DataError, Error
 from trackpl.metrics.flow import FlowMetrics
 from trackpl.metrics.tapvid import TapVid, first_queries
+from trackpl.published import Published
 from trackpl.streams import Stream, stream_of
 from trackpl.types import Clip, DenseTracks, Flow, Tracks, check_queries
-from trackpl.weights import Published
 
 CONTRACT = 1
 """Version of the contract between methods and platform; a plugin states the one that it was written for."""
@@ -45,7 +45,8 @@ class Method(LightningModule):
     """Base of all methods.
 
     A subclass sets `info` and `contract`, defines `losses` and at least one of `track`, `flow` (or `encode` and
-    `match`) and `track_dense`, and may define `import_weights` and name the file of its shipped weights in `weights`.
+    `match`) and `track_dense`, and may define `propagate_frames`, `import_weights` and name the file of its shipped
+    weights in `weights`.
 
     Args:
         optimizer: makes the optimiser from the parameters, as ``{class_path, init_args}`` in a config.
@@ -115,6 +116,40 @@ class Method(LightningModule):
         """Track every pixel of the frame `source` through a clip."""
         return adapters.track_dense(self, clip, source)
 
+    def propagate(self, clip: Clip, labels: Tensor) -> Tensor:
+        """Follow the labels of frame 0 through a clip.
+
+        Args:
+            clip: any length T >= 1 and any size.
+            labels: float (B, K, h, w), K soft maps of frame 0, on any grid that spans the frame; channel 0 is the
+                background. `trackpl.propagation.one_hot` makes them of a mask.
+
+        Returns:
+            (B, T, K, h, w); frame 0 is `labels`. For long videos see `propagate_frames`.
+        """
+        return torch.stack(list(self.propagate_frames(clip.video.unbind(1), labels)), 1)
+
+    def propagate_frames(self, frames: Iterable[Tensor], labels: Tensor) -> Iterator[Tensor]:
+        """Follow the labels of frame 0 through frames (B, 3, H, W) that come one after the other; see `propagate`.
+
+        A method that propagates labels in a way of its own defines this (and `label_size`), in bounded memory; others
+        get `trackpl.propagation`, by flow or by tracks.
+
+        Yields:
+            (B, K, h, w) of each frame, in order, frame 0 first; maybe some frames later than it came.
+
+        Raises:
+            DataError: labels or frames of a wrong shape.
+        """
+        return propagation.propagate_frames(self, frames, labels)
+
+    def label_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the grid (h, w) on which labels of frames of size (H, W) are propagated.
+
+        Labels that come on it are not resampled. Cell i of an axis stands for pixel i * W / w.
+        """
+        return size
+
     def stream(self, queries: Tensor | None = None) -> Stream:
         """Begin to track points (N, 3) of (t, x, y) through frames that come one after the other.
 
@@ -135,12 +170,15 @@ class Method(LightningModule):
         return {}
 
     def has(self, capability: str) -> bool:
-        """Whether `capability` ("track", "flow", "match", "track_dense") is native and not made of another one.
+        """Whether a capability is native and not made of another one.
 
-        Encoding and matching frames counts as giving flow.
+        Args:
+            capability: "track", "flow", "match", "track_dense" or "propagate". Encoding and matching frames counts as
+                giving flow, and propagating frame by frame as propagating.
         """
         own = getattr(type(self), capability) is not getattr(Method, capability)
-        return own or (capability == "flow" and self.has("match"))
+        parts = {"flow": "match", "propagate": "propagate_frames"}
+        return own or (capability in parts and self.has(parts[capability]))
 
     # What the platform does ----------------------------------------------------------------------------------------
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trackpl.checkpoints import load, shipped_path
+from trackpl.checkpoints import load
 from trackpl.errors import DataError, Error
 from trackpl.method import Method
 from trackpl.plugins import find
+from trackpl.published import file_sha256, resolve, shipped_path
 from trackpl.types import Clip
-from trackpl.weights import file_sha256, resolve
 
 
 @dataclass(frozen=True)

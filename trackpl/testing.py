@@ -80,6 +80,7 @@ def check_method(
         check_leaves_no_gradient,
         check_half_precision,
         check_stream,
+        check_propagate,
     ):
         check(make)
         done.append(check.__name__)
@@ -228,6 +229,35 @@ def run_stream(stream: Stream, video: Tensor, portions: Sequence[int]) -> Tracks
     return join(parts)
 
 
+def check_propagate(make: Make) -> None:
+    """Check that labels go through a clip: frame 0 as given, shares that add up, at any grid and any size.
+
+    Of a method with a way of its own also that the order of classes and the rest of the batch change nothing.
+    """
+    method = make()
+    native = method.has("propagate")
+    clip = moving_clip(2, (64, 64), batch=2 if native else 1)
+    labels = torch.zeros(len(clip.video), 3, 64, 64)
+    labels[:, 1, 8:18, 8:18], labels[:, 2, 8:18, 24:32] = 1, 1
+    labels[:, 0] = 1 - labels.sum(1)
+    found = method.propagate(clip, labels)
+    _check_labels(found, labels, 2)
+    if not native:
+        return  # the platform's way: it has tests of its own
+    _check_labels(method.propagate(Clip(video=clip.video[:, :1]), labels), labels, 1)
+    coarse = F.adaptive_avg_pool2d(labels, method.label_size((64, 64)))
+    _check_labels(method.propagate(clip, coarse), coarse, 2)
+    order = torch.tensor([2, 0, 1])
+    gap = (method.propagate(clip, labels[:, order]) - found[:, :, order]).abs().max()
+    assert gap < 1e-3, f"classes in another order: labels differ by {gap:.3g}"
+    for i in range(2):
+        alone = method.propagate(Clip(video=clip.video[i : i + 1]), labels[i : i + 1])
+        gap = (alone - found[i : i + 1]).abs().max()
+        assert gap < 1e-3, f"video {i} alone and in a batch of two: labels differ by {gap:.3g}"
+    odd = moving_clip(3, (33, 150))
+    _check_labels(method.propagate(odd, labels[:1, :, :11, :50]), labels[:1, :, :11, :50], 3)
+
+
 def check_gradients(make: Make, clip: Clip) -> None:
     """Check that losses are finite scalars, also under bf16, and give finite gradients."""
     method = make().train()
@@ -304,6 +334,17 @@ def _check_shapes(tracks: Tracks, clip: Clip, n: int) -> None:
     if n:
         low, high = tracks.visible.min(), tracks.visible.max()
         assert low >= 0 and high <= 1, f"visible is a probability, got {low:.3g} to {high:.3g}"
+
+
+def _check_labels(found: Tensor, labels: Tensor, frames: int) -> None:
+    b, *rest = labels.shape
+    assert found.shape == (b, frames, *rest), f"labels have shape {tuple(found.shape)}, not {(b, frames, *rest)}"
+    assert not found.requires_grad, "propagate leaves a gradient behind"
+    assert torch.equal(found[:, 0], labels), "the labels of frame 0 are not those that were given"
+    low, high = found.min(), found.max()
+    assert low > -1e-3 and high < 1 + 1e-3, f"shares of labels are in [0, 1], got {low:.3g} to {high:.3g}"
+    gap = (found.sum(2) - labels.sum(1, keepdim=True)).abs().max()
+    assert gap < 1e-3, f"shares of labels that add up to 1 no longer do, by {gap:.3g}"
 
 
 def _close(a: Tracks, b: Tracks, what: str, pixels: float = 0.02) -> None:

@@ -13,7 +13,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trackpl import adapters, draw
+from trackpl import adapters, draw, labels
 from trackpl.camera import Camera, open_camera
 from trackpl.errors import Error, VideoError, closest
 from trackpl.queries import GRID, read_queries
@@ -43,6 +43,9 @@ def run(args: list[str]) -> int:
         Error: bad input, always before anything is written; or a video that breaks off, after what came before is.
     """
     given = _parse(args)
+    marked = bool(given.labels or given.keypoints)
+    if marked:
+        labels.check_options(given)
     device = device_of(given.device)
     # A bare name may be that of published weights (`trackpl weights`), which `load` finds.
     named = given.checkpoint and given.checkpoint.parent == Path() and not given.checkpoint.suffix
@@ -57,6 +60,10 @@ def run(args: list[str]) -> int:
     video = open_video(given.video)
     video.frames = min(video.frames, given.frames or video.frames)
     out = given.out or Path("tracks") / _stem(given.video)
+    if marked:
+        _check_out(out, given.overwrite, labels.OUTPUTS["labels" if given.labels else "keypoints"])
+        labels.follow(given, device, video, out)
+        return 0
     _check_out(out, given.overwrite)
     queries = read_queries(given, video)
     work = _whole if adapters.fits(video) else _stream
@@ -81,7 +88,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     add(
         "--model",
         metavar="NAME",
-        default="crw_multiscale",
+        default="locotrack",
         help="a method of `trackpl plugins` (default: %(default)s)",
     )
     add(
@@ -106,6 +113,13 @@ def _parse(args: list[str]) -> argparse.Namespace:
         default=0,
         help="frame of the grid and of points without one (default: 0)",
     )
+    add(
+        "--labels",
+        metavar="PNG",
+        type=Path,
+        help="follow what an indexed, grey or flatly coloured png marks in frame 0, instead of points",
+    )
+    add("--keypoints", metavar="CSV", type=Path, help="follow the joints name,x,y of frame 0, instead of points")
     add("--frames", metavar="N", type=int, help="only the first N frames (default: all; a camera: until Ctrl-C)")
     add("--out", metavar="DIR", type=Path, help="where the files go (default: tracks/<name of the video>)")
     add("--overwrite", action="store_true", help="replace the files of an earlier run in DIR")
@@ -158,10 +172,10 @@ def _stem(video: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def _check_out(out: Path, overwrite: bool, names: Sequence[str] = OUTPUTS) -> None:
     if out.exists() and not out.is_dir():
         raise Error(f"--out {out} is a file: give a folder")
-    there = [name for name in OUTPUTS if (out / name).exists()]
+    there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
         raise Error(f"{out} already holds {there[0]}: add --overwrite to replace it, or choose another --out")
     parent = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())

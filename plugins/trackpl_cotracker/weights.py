@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trackpl.weights import Published
+from trackpl.published import Published
 
 LICENCE = "CC-BY-NC-4.0"
 

@@ -7,24 +7,37 @@ frames are affordable because each step is local: at every level of a pyramid it
 Glossary: B batch, k frames of a clip, l level (stride 64 to 4, coarse to fine), N = h w nodes of a level, d channels
 of an embedding, r window radius, K = (2r+1)^2 window offsets, A (N, K) local transition, f (2, h, w) flow.
 
+With `regressor` on, a small network learns beside the walk to give flow where there is nothing to match: it keeps to
+the walk's flow, and to smoothness where the walk is lost (3.2). It never changes what the walk learns.
+
 Where we differ from the paper: the loss of a level is the mean over the nodes whose path stays in the frame (the paper
 sums, which would weigh the finest level 256 times the coarsest); transitions are composed as T = A B with the bilinear
 weights B of their incoming flow (the paper multiplies A alone); convolutions start from Kaiming initialisation. Off by
 default, for training from scratch on small clips: fewer `levels`, a `median` filter on the flow between levels, a pull
 towards the incoming flow where embeddings say nothing (`stay`), and a walk that ends in a displaced view of frame 0
-(`end_view_shift`), so that absolute position is of no use to it.
+(`end_view_shift`), so that absolute position is of no use to it. The regressor's cost volume compares the pyramid's
+features, as the published networks do; the paper speaks of the walk's embeddings (`cost_volume`).
 """
 
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from trackpl import Clip, Info, Method
+from trackpl import Clip, Flow, Info, Method
+from trackpl.checkpoints import fit_state, read_checkpoint
 from trackpl.errors import DataError, Error
+from trackpl.published import resolve, shipped_path
+from trackpl_crw import weights as weights_of
+from trackpl_crw.occlusion import consistent, in_frame
+from trackpl_crw.photometric import LOSSES
+from trackpl_crw.propagation import Propagation, embedded_size, propagate_frames
+from trackpl_crw.pwc import Regressor
 from trackpl_crw.pyramid import FeaturePyramid, embed_heads, image_pyramid
+from trackpl_crw.regressor import RegressorLosses, both_ways, comparable
 from trackpl_crw.smoothness import smoothness
 from trackpl_crw.transition import Matcher, Transition, upsample
 from trackpl_crw.walk import cycle_loss
@@ -32,7 +45,7 @@ from trackpl_crw.walk import cycle_loss
 FINEST = 4  # stride of the finest level
 
 
-def _adam(parameters) -> torch.optim.Optimizer:  # noqa: ANN001
+def _adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-4)
 
 
@@ -43,7 +56,7 @@ def _cyclic(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSche
 
 
 class MultiscaleCRW(Method):
-    """Self-supervised dense correspondence by multiscale contrastive random walks (the non-parametric model).
+    """Self-supervised dense correspondence by multiscale contrastive random walks, with or without a regressor.
 
     Args:
         levels: levels of the pyramid, 1 to 5; the paper's five reach from stride 64 to stride 4. Clips of 256 px move
@@ -66,6 +79,26 @@ class MultiscaleCRW(Method):
             optimiser and learning rate begin anew at each switch. Empty takes all frames from the start.
         resolution: shorter side of the frames that flow is computed on; frames are resized to it and to multiples of
             the coarsest stride. None keeps their size.
+        input_range: of the images that the pyramid sees: ``symmetric`` is [-1, 1], the paper's; ``unit`` is [0, 1],
+            that of the published networks.
+        regressor: add the regressor of flow (3.2), which the flow then comes from.
+        flow_by: ``regressor``, where there is one, or ``walk``, the non-parametric flow.
+        reduce_dense: the regressor's estimator: the reduced one, or the dense one.
+        cost_volume: what the regressor's cost volume compares: ``features`` or ``embeddings``.
+        constraint_weight: of the regressor's distance from the walk's flow.
+        feature_weight: of the feature consistency loss.
+        bound_weight: of the boundary loss; 0 saves its second pass.
+        bound_crop: pixels that it cuts off on each side, a multiple of 4.
+        bound_start: optimiser step at which it begins.
+        bound_ramp: steps over which it then grows to its weight.
+        photometric: a classical photometric term beside the learned one (Table 5): ``none``, ``charbonnier``,
+            ``census`` or ``ssim``.
+        photometric_weight: its weight.
+        occlusion: which pixels count in both: ``wang``, those that the flow back reaches, or ``brox``, those that it
+            brings home.
+        train_walk: false trains the regressor alone and keeps pyramid and embeddings.
+        start_from: checkpoint whose weights training starts from, or ``shipped`` for those that come with the plugin;
+            it may lack the regressor.
         optimizer: as ``{class_path, init_args}``.
         lr_scheduler: stepped once a batch.
     """
@@ -78,6 +111,7 @@ class MultiscaleCRW(Method):
     )
     contract: ClassVar[int] = 1
     weights: ClassVar[str | None] = "crw_multiscale.safetensors"
+    propagation: Propagation = Propagation()
 
     def __init__(
         self,
@@ -96,6 +130,22 @@ class MultiscaleCRW(Method):
         end_view_shift: int = 0,
         curriculum: dict[int, int] | None = None,
         resolution: int | None = 512,
+        input_range: Literal["symmetric", "unit"] = "symmetric",
+        regressor: bool = False,
+        flow_by: Literal["regressor", "walk"] = "regressor",
+        reduce_dense: bool = True,
+        cost_volume: Literal["features", "embeddings"] = "features",
+        constraint_weight: float = 1.0,
+        feature_weight: float = 0.1,
+        bound_weight: float = 1.0,
+        bound_crop: int = 64,
+        bound_start: int = 0,
+        bound_ramp: int = 0,
+        photometric: Literal["none", "charbonnier", "census", "ssim"] = "none",
+        photometric_weight: float = 1.0,
+        occlusion: Literal["wang", "brox"] = "wang",
+        train_walk: bool = True,
+        start_from: str | None = None,
         optimizer: OptimizerCallable = _adam,
         lr_scheduler: LRSchedulerCallable | None = _cyclic,
     ) -> None:
@@ -115,23 +165,69 @@ class MultiscaleCRW(Method):
             raise Error(
                 f"crw_multiscale needs a curriculum that begins at step 0 with 2 frames or more, got {curriculum}"
             )
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        if regressor and end_view_shift:
+            raise Error(
+                "crw_multiscale needs end_view_shift 0 with a regressor, which learns from the walk's own frames"
+            )
+        if not regressor and not train_walk:
+            raise Error("crw_multiscale needs train_walk or a regressor; with neither nothing is trained")
+        if bound_crop < FINEST or bound_crop % FINEST or min(bound_start, bound_ramp) < 0:
+            raise Error(
+                f"crw_multiscale needs bound_crop a multiple of {FINEST} above 0, and bound_start and bound_ramp "
+                f"of 0 or more; got {bound_crop}, {bound_start} and {bound_ramp}"
+            )
+        for name, given, allowed in (
+            ("input_range", input_range, ("symmetric", "unit")),
+            ("flow_by", flow_by, ("regressor", "walk")),
+            ("cost_volume", cost_volume, ("features", "embeddings")),
+            ("photometric", photometric, ("none", *LOSSES)),
+            ("occlusion", occlusion, ("wang", "brox")),
+        ):
+            if given not in allowed:
+                raise Error(f"crw_multiscale needs {name} one of {', '.join(allowed)}; got '{given}'")
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "start_from"])
         self.feature_pyramid_extractor = FeaturePyramid(levels, padding_mode)
         self.embed_heads = embed_heads(levels, embed_dim)
         self.matcher = Matcher(radius, tau, expected_flow, median, stay)
         self.crw_weight, self.smooth_weight, self.edge_constant = crw_weight, smooth_weight, edge_constant
         self.starts, self.end_view_shift, self.resolution = starts, end_view_shift, resolution
         self.curriculum = curriculum or {}
+        self.input_range, self.flow_by, self.cost_volume = input_range, flow_by, cost_volume
+        self.regressor = Regressor(levels, reduce_dense) if regressor else None
+        self.regressor_losses = RegressorLosses(
+            smooth_weight=smooth_weight,
+            edge_constant=edge_constant,
+            constraint_weight=constraint_weight,
+            feature_weight=feature_weight,
+            bound_weight=bound_weight,
+            bound_crop=bound_crop,
+            bound_start=bound_start,
+            bound_ramp=bound_ramp,
+            photometric=photometric,
+            photometric_weight=photometric_weight,
+            occlusion=occlusion,
+        )
+        self.train_walk, self.start_from = train_walk, start_from
+        if not train_walk:
+            self.feature_pyramid_extractor.requires_grad_(False)
+            self.embed_heads.requires_grad_(False)
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Map images (B, 3, H, W) in [0, 1] to features (B, C, h, w) of each level, coarse to fine."""
+        symmetric = self.input_range == "symmetric"  # appendix B: RGB in [-1, 1]
+        return self.feature_pyramid_extractor(images * 2 - 1 if symmetric else images)
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """Map images (B, 3, H, W) in [0, 1] to raw embeddings (B, d, h, w) of each level, coarse to fine."""
-        features = self.feature_pyramid_extractor(images * 2 - 1)  # appendix B: RGB in [-1, 1]
+        return self._embeddings(self.pyramid(images))
+
+    def _embeddings(self, features: Sequence[Tensor]) -> list[Tensor]:
         return [head(f) for head, f in zip(self.embed_heads, features, strict=True)]
 
-    # 3.3, Eq. 10: L_non = L_msCRW + L_smooth ----------------------------------------------------------------------
+    # 3.3, Eqs. 10 and 11: L_non = L_msCRW + L_smooth, L_reg = L_non + L_feat + L_bound ------------------------------
 
     def losses(self, clip: Clip) -> dict[str, Tensor]:
-        """Walk and smoothness losses of the palindrome 0, 1, .., k-1, .., 1, 0, one entry of each a level.
+        """Walk and smoothness losses of the palindrome 0, 1, .., k-1, .., 1, 0, and the regressor's, each a level.
 
         Raises:
             DataError: clips with too few frames, or smaller than two nodes of the coarsest stride.
@@ -149,7 +245,9 @@ class MultiscaleCRW(Method):
         # Embed every frame once, then match all adjacent pairs in both orders as one batch; the last hop goes home.
         frames = video.transpose(0, 1)  # (k, B, 3, h, w)
         images = frames if end_view is None else torch.cat([frames, end_view.unsqueeze(0)])
-        embedded = [e.unflatten(0, images.shape[:2]) for e in self.embed(images.flatten(0, 1))]
+        with torch.set_grad_enabled(self.train_walk and torch.is_grad_enabled()):
+            features = self.pyramid(images.flatten(0, 1))
+            embedded = [e.unflatten(0, images.shape[:2]) for e in self._embeddings(features)]
         home = slice(0, 1) if end_view is None else slice(k, k + 1)
         sources = [torch.cat([e[: k - 1], e[1:k]]).flatten(0, 1) for e in embedded]
         targets = [torch.cat([e[1:k], e[home], e[1 : k - 1]]).flatten(0, 1) for e in embedded]
@@ -158,7 +256,7 @@ class MultiscaleCRW(Method):
         start_images = torch.cat([frames[: k - 1], frames[1:k]]).flatten(0, 1)
         guides = image_pyramid(start_images, [(s.flow.shape[-2], s.flow.shape[-1]) for s in steps])
         losses = {}
-        for level, (step, image) in enumerate(zip(steps, guides, strict=True)):
+        for level, (step, image) in enumerate(zip(steps, guides, strict=True)) if self.train_walk else ():
             stride = self.coarsest >> level
             forward, backward = _hops(step, k - 1)
             nodes = (shift[0] // stride, shift[1] // stride)
@@ -168,7 +266,40 @@ class MultiscaleCRW(Method):
             losses[f"crw_{stride}"] = self.crw_weight * walk
             if self.smooth_weight:
                 losses[f"smooth_{stride}"] = self.smooth_weight * smooth
+        if self.regressor is not None:
+            features = [f.unflatten(0, (k, -1)) for f in features]
+            losses |= self._of_regressor(frames, features, embedded, [s.flow.detach() for s in steps], guides)
         return losses
+
+    # 3.2: the regressor learns from constants, so that nothing of it reaches the embeddings --------------------------
+
+    def _of_regressor(
+        self, frames: Tensor, features: list[Tensor], embedded: list[Tensor], walk: list[Tensor], guides: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Losses of the regressor from frames (k, B, 3, H, W) and what is known of them, see `RegressorLosses`."""
+        wanted, device = self.regressor_losses, frames.device.type
+        flows = self._regress(features, embedded)
+        with torch.autocast(device, enabled=False):
+            losses = wanted.of_levels(flows, walk, embedded, guides) | wanted.of_colours(frames, flows[-1])
+        if share := wanted.bound_share(self._step()):
+            with torch.no_grad():
+                features = self.pyramid(wanted.cropped(frames).flatten(0, 1))
+                embedded = self._embeddings(features) if self.cost_volume == "embeddings" else []
+            k = len(frames)
+            student = self._regress(*([x.unflatten(0, (k, -1)) for x in parts] for parts in (features, embedded)))[-1]
+            with torch.autocast(device, enabled=False):
+                losses["bound"] = share * wanted.of_boundary(student, flows[-1])
+        return losses
+
+    def _regress(self, features: Sequence[Tensor], embedded: Sequence[Tensor]) -> list[Tensor]:
+        """Regress the flow of all adjacent pairs both ways, a level each, from (k, B, C, h, w) taken as constants."""
+        assert self.regressor is not None, "called with a regressor only"
+        pairs = [both_ways(f.detach()) for f in features]
+        sources, compared = [s for s, _ in pairs], pairs
+        if self.cost_volume == "embeddings":
+            compared = [both_ways(e.detach()) for e in embedded]
+            compared = [(comparable(s), comparable(t)) for s, t in compared]
+        return self.regressor(sources, [s for s, _ in compared], [t for _, t in compared])
 
     def on_train_batch_start(self, batch: Clip, batch_idx: int) -> None:
         """Begin optimiser and learning rate anew where the curriculum switches (3.3, multi-frame training)."""
@@ -179,11 +310,25 @@ class MultiscaleCRW(Method):
         """Cut a clip to the frames that the curriculum takes at this step."""
         if not self.curriculum:
             return clip
-        step = self.global_step if self._trainer is not None else 0
+        step = self._step()
         frames = self.curriculum[max(start for start in self.curriculum if start <= step)]
         if clip.frames < frames:
             raise DataError(f"the curriculum asks for {frames} frames at step {step}; set data.frames to as many")
         return Clip(video=clip.video[:, :frames], name=clip.name)
+
+    def _step(self) -> int:
+        return self.global_step if self._trainer is not None else 0
+
+    def setup(self, stage: str) -> None:
+        """Take the weights that training starts from, unless it resumes."""
+        if stage != "fit" or self.start_from is None or self.trainer.ckpt_path is not None:
+            return
+        shipped = shipped_path(type(self))
+        path = shipped if self.start_from == "shipped" and shipped else resolve(self.start_from, self.published)
+        state = self.import_weights(read_checkpoint(path)[0])
+        if not any(key.startswith("regressor.") for key in state):  # of a walk alone: the regressor begins here
+            state |= {k: v for k, v in self.state_dict().items() if k.startswith("regressor.")}
+        fit_state(self, state, path)
 
     def _displaced_view(self, video: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """Crop all frames by `end_view_shift`, and frame 0 once more displaced by it: node p is p - shift there."""
@@ -201,18 +346,71 @@ class MultiscaleCRW(Method):
 
     # 3.1.2: optical flow as the walk's expectation ----------------------------------------------------------------
 
+    @property
+    def _regresses(self) -> bool:
+        return self.regressor is not None and self.flow_by == "regressor"
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Embed frames (B, 3, H, W) resized to `resolution` and to multiples of the coarsest stride."""
+        """Embed frames (B, 3, H, W) resized to `resolution` and to multiples of the coarsest stride.
+
+        For the regressor: the features of the pyramid, then what its cost volume compares if that is another.
+        """
         size = working_size(images.shape[-2], images.shape[-1], self.resolution, self.coarsest)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        return self.embed(images)
+        if not self._regresses:
+            return self.embed(images)
+        features = self.pyramid(images)
+        if self.cost_volume == "features":
+            return features
+        return features + [comparable(e) for e in self._embeddings(features)]
 
     @torch.no_grad()
     def match(self, source: list[Tensor], target: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Give the expected displacement of every pixel (B, 2, H, W); the walk has no notion of occlusion (3.2)."""
-        return resize_flow(upsample(self.matcher.flow(source, target), FINEST), size)
+        """Give the displacement of every pixel (B, 2, H, W); the walk has no notion of occlusion (3.2)."""
+        if self.regressor is not None and self._regresses:
+            n = len(self.embed_heads)
+            flow = self.regressor(source[:n], source[-n:], target[-n:])[-1]
+        else:
+            flow = self.matcher.flow(source, target)
+        return resize_flow(upsample(flow, FINEST), size)
+
+    @torch.no_grad()
+    def flow(self, clip: Clip, pairs: Sequence[tuple[int, int]]) -> Flow:
+        """Give flow as `Method.flow`; the regressor's comes with `visible`, 1 where the flow back brings it home."""
+        if not self._regresses:
+            return super().flow(clip, pairs)
+        both = super().flow(clip, [*pairs, *((t, s) for s, t in pairs)])
+        n = len(both.pairs) // 2
+        there, home = both.xy[:, :n].flatten(0, 1), both.xy[:, n:].flatten(0, 1)
+        seen = consistent(there, home) * in_frame(there) if n else there[:, :1]
+        return Flow(both.xy[:, :n], both.pairs[:n], seen.view(len(both.xy), n, *clip.size))
+
+    def import_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Translate the published networks of the authors (flowwalk) and of ARFlow, see `weights`."""
+        return weights_of.translate(state, self.embed_heads)
+
+    @classmethod
+    def options_of(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+        """Tell a published network by its names or shapes: it has a regressor and sees images in [0, 1]."""
+        return weights_of.options_of(state)
+
+    # 4.2: label propagation ---------------------------------------------------------------------------------------
+
+    @property
+    def label_stride(self) -> int:
+        """Stride of the nodes that carry labels: the level above the finest one, the paper's level 4."""
+        return FINEST << min(1, len(self.embed_heads) - 1)
+
+    def label_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the nodes (h, w) of the level that carries labels."""
+        h, w = embedded_size(size, self.propagation.resolution, self.coarsest)
+        return h // self.label_stride, w // self.label_stride
+
+    def propagate_frames(self, frames: Iterable[Tensor], labels: Tensor) -> Iterator[Tensor]:
+        """Follow labels by residual transitions of hypercolumns; settings are in `propagation`."""
+        return propagate_frames(self, frames, labels)
 
 
 def _hops(step: Transition, hops: int) -> tuple[list[Transition], list[Transition]]:

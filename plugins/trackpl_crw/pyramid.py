@@ -4,14 +4,16 @@ Keys equal those of the published PWC-lite checkpoints, so that their pyramids l
 """
 
 from itertools import pairwise
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Padding = Literal["zeros", "reflect", "replicate", "circular"]
 WIDTHS = (16, 32, 64, 96, 128, 192)  # strides 2, 4, 8, 16, 32, 64; all but the first are matched
 
 
-def _conv(inputs: int, outputs: int, stride: int, padding_mode: str) -> nn.Sequential:
+def _conv(inputs: int, outputs: int, stride: int, padding_mode: Padding) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, 1, padding_mode=padding_mode), nn.LeakyReLU(0.1, inplace=True)
     )
@@ -25,7 +27,7 @@ class FeaturePyramid(nn.Module):
         padding_mode: how the convolutions see the border; ``reflect`` leaks less absolute position than ``zeros``.
     """
 
-    def __init__(self, levels: int = 5, padding_mode: str = "zeros") -> None:
+    def __init__(self, levels: int = 5, padding_mode: Padding = "zeros") -> None:
         super().__init__()
         widths = (3, *WIDTHS[: levels + 1])
         self.convs = nn.ModuleList(
@@ -36,7 +38,8 @@ class FeaturePyramid(nn.Module):
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):
                 nn.init.kaiming_normal_(conv.weight, a=0.1)
-                nn.init.zeros_(conv.bias)
+                if conv.bias is not None:
+                    nn.init.zeros_(conv.bias)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map (B, 3, H, W), H and W multiples of the coarsest stride, to the levels from the coarsest to stride 4."""

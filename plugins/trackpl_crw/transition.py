@@ -141,7 +141,7 @@ def transition(
         stay: by how much each squared node of distance lowers a logit. Where embeddings say nothing the walker then
             keeps to the incoming flow; without it (0, the paper) it drifts to the middle of its window's even part.
     """
-    x, y, around = _operands(source, target, flow.detach(), radius, tau, expected_flow)
+    x, y, around = operands(source, target, flow.detach(), radius, tau, expected_flow)
     probability, moved = _rows(x, y, around, radius, stay)
     return Transition(probability, flow.detach(), flow.detach() + moved)
 
@@ -156,7 +156,7 @@ def matched_flow(
     stay: float = 0.0,
 ) -> Tensor:
     """Give the flow of `transition` without its probabilities, band by band: what is multiplied stays in the cache."""
-    x, y, around = _operands(source, target, flow, radius, tau, expected_flow)
+    x, y, around = operands(source, target, flow, radius, tau, expected_flow)
     bands = []
     for top in range(0, flow.shape[-2], TILE):
         rows, reach = slice(top, top + TILE), slice(top, top + TILE + 2 * radius)
@@ -165,8 +165,8 @@ def matched_flow(
     return flow + torch.cat(bands, 2)
 
 
-def _operands(
-    source: Tensor, target: Tensor, flow: Tensor, radius: int, tau: float, expected_flow: str
+def operands(
+    source: Tensor, target: Tensor, flow: Tensor, radius: int, tau: float, expected_flow: str = "paper"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scale and warp so that a local correlation gives the masked logits; with the incoming flow around, if wanted."""
     source, target = unit(source), unit(warp(target, flow))

@@ -11,6 +11,7 @@ longer walks push and pull the columns of a random set of starts (`returns_of_wa
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,11 @@ class _Transpose(torch.autograd.Function):
         return view.reshape(b, h, w, k)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own signature
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _Transpose.forward(grad)  # transposing is its own adjoint
 
 
@@ -91,11 +92,11 @@ class _Meet(torch.autograd.Function):
         return out
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own signature
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, z, nodes, weights = ctx.saved_tensors
         side = z.shape[1] - 1
         grad_rows, grad_z = torch.zeros_like(rows), torch.zeros_like(z)
@@ -177,11 +178,11 @@ class _Apply(torch.autograd.Function):
         return out.view_as(columns)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, columns = ctx.saved_tensors
         b, h, w, k = a.shape
         grad_a = grad_columns = None
@@ -195,7 +196,7 @@ class _Apply(torch.autograd.Function):
 
 def pull(step: Transition, columns: Tensor) -> Tensor:
     """T D: for every node of s, the D (B, N, S) expected where it lands in t."""
-    nodes, weights = _corners(*_landing(step.flow_in)[1:], step.flow_in.shape[-2:])
+    nodes, weights = _corners(*_landing(step.flow_in)[1:], (step.flow_in.shape[-2], step.flow_in.shape[-1]))
     b, n, s = columns.shape
     landed = F.embedding_bag(
         nodes.reshape(-1, 4), columns.reshape(b * n, s), per_sample_weights=weights.reshape(-1, 4), mode="sum"
@@ -205,7 +206,7 @@ def pull(step: Transition, columns: Tensor) -> Tensor:
 
 def push(step: Transition, columns: Tensor) -> Tensor:
     """T^T D: how a distribution D (B, N, S) over the nodes of s spreads over those of t."""
-    nodes, weights = _corners(*_landing(step.flow_in)[1:], step.flow_in.shape[-2:])
+    nodes, weights = _corners(*_landing(step.flow_in)[1:], (step.flow_in.shape[-2], step.flow_in.shape[-1]))
     b, n, s = columns.shape
     spread = _Apply.apply(transpose(step.probability), columns).view(b * n, s)
     out = spread.new_zeros(b * n, s)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trackpl.weights import Published
+from trackpl.published import Published
 
 _FIGURES = {  # AJ / <delta_avg / OA of the JAX models at 256x256 (paper, tables 1 and 2); nobody states the port's
     "small": {"TAP-Vid DAVIS first": "62.0 / 74.3 / 86.1", "TAP-Vid DAVIS strided": "66.9 / 78.8 / 88.9"},
