@@ -14,10 +14,12 @@ from trackpl_prep import cli as data_cli
 from trackpl_prep.convert import convert
 from trackpl_prep.tapvid import DATASETS
 
-from trackpl import benchmarks, comparison, evaluation
-from trackpl.benchmarks import BENCHMARKS, aggregate, find, read_task, sample_queries
+from trackpl import comparison, evaluation
+from trackpl.benchmarks import BENCHMARKS, find
 from trackpl.encoding import encode
 from trackpl.errors import DataError, Error
+from trackpl.protocols import aggregate, points
+from trackpl.protocols.points import HEADLINE, Points, read_task, sample_queries
 from trackpl.shards import read_index, write_shards
 from trackpl.types import Clip, Tracks
 
@@ -86,9 +88,13 @@ def test_every_benchmark_reads_a_data_set_that_can_be_made_and_has_figures_in_or
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.name == name and benchmark.data in data_cli.MODULES
         assert len({r.system for r in benchmark.references}) == len(benchmark.references)
+        assert set(benchmark.headline) <= set(benchmark.metrics)
         for reference in benchmark.references:
-            aj, delta, oa = reference.figures
-            assert 0 < aj < min(delta, oa) and max(delta, oa) < 100 and reference.source
+            assert len(reference.figures) == len(benchmark.headline) and reference.source
+            assert any(reference.figures) and all(f is None or 0 < f < 100 for f in reference.figures)
+            if isinstance(benchmark, Points):
+                aj, delta, oa = reference.figures
+                assert aj < min(delta, oa)
     assert BENCHMARKS[FIRST].references[-5].system == "LocoTrack-B 256x256"
 
 
@@ -109,7 +115,7 @@ def test_queries_equal_the_golden(mode):
 @pytest.mark.parametrize("mode", ["first", "strided"])
 @pytest.mark.parametrize("chunk", [2, 16])
 def test_a_task_is_the_video_by_lanczos_and_the_golden_rows_at_256(mode, chunk, davis, golden, monkeypatch):
-    monkeypatch.setattr(benchmarks, "_CHUNK", chunk)
+    monkeypatch.setattr(points, "_CHUNK", chunk)
     for i, sample in enumerate(read_index(davis).samples):
         task = read_task(find(f"tapvid_davis_{mode}"), sample)
         frames = golden[f"video{i}_frames"]
@@ -171,7 +177,7 @@ def test_above_the_threshold_a_point_is_visible(davis, weights, monkeypatch):
     xy = task.tracks[None].float()
     for probability, threshold, aj in ((0.6, None, 100.0), (0.6, 0.7, 0.0), (0.5, None, 0.0)):
         tracks = Tracks(xy, torch.where(task.visible[None], probability, 0.0))
-        assert benchmarks.score(benchmark, task, tracks, threshold)["AJ"] == pytest.approx(aj)
+        assert points.score(benchmark, task, tracks, threshold)["AJ"] == pytest.approx(aj)
 
 
 def test_queries_that_the_data_set_names_are_asked_and_all_other_frames_scored(tmp_path):
@@ -188,7 +194,7 @@ def test_queries_that_the_data_set_names_are_asked_and_all_other_frames_scored(t
     assert torch.allclose(task.queries, (asked[0, [0, 2]] * torch.tensor([1, 8, 8])).double(), atol=1e-4)
     pred = task.tracks.clone()
     pred[0] += 100  # before the queries: scored all the same
-    scores = benchmarks.score(benchmark, task, Tracks(pred[None], task.visible[None].float()))
+    scores = points.score(benchmark, task, Tracks(pred[None], task.visible[None].float()))
     assert scores["delta_avg"] == pytest.approx(75) and scores["OA"] == 100
 
 
@@ -200,7 +206,7 @@ def test_a_result_says_what_was_measured_and_follows_from_its_lines(bench, davis
     result = done.result
     setup, *rows = lines()
     assert rows == result["rows"] and [r["key"] for r in rows] == [s.key for s in read_index(davis).samples]
-    assert aggregate(rows) == result["summary"]
+    assert aggregate(rows, points.FIGURES) == result["summary"]
     assert result["summary"]["AJ"] == pytest.approx(np.mean([r["AJ"] for r in rows]))
     assert {k: result[k] for k in setup} == setup
     assert setup["method"] == "tiny" and setup["device"] == "cpu" and len(setup["weights"]) == 64
@@ -228,11 +234,11 @@ def test_a_stopped_run_goes_on_after_its_last_whole_line(bench, trackpl, monkeyp
     whole = bench(out="whole").result
     real, seen = evaluation.measure, []
 
-    def measure(benchmark, method, task, threshold):
+    def measure(benchmark, method, task, setup):
         seen.append(task.clip.name[0])
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return real(benchmark, method, task, threshold)
+        return real(benchmark, method, task, setup)
 
     monkeypatch.setattr(evaluation, "measure", measure)
     assert "repeat the command" in bench(status=130).err and not Path("out/result.json").exists()
@@ -344,7 +350,7 @@ def test_options_of_the_method_are_taken_and_recorded(bench):
     ("args", "message"),
     [
         (("--benchmark", "tapvid_davis_frist", "--model", "tiny"), "did you mean 'tapvid_davis_first'?"),
-        (("--benchmark", "--model", "tiny"), "allowed: robotap_first, synthetic, tapvid_davis_first"),
+        (("--benchmark", "--model", "tiny"), "allowed: davis2017, jhmdb, kitti2015, robotap_first, sintel_clean"),
         (("--benchmark", FIRST, "--model", "tiny"), "`trackpl data make tapvid_davis SOURCE OUT` writes"),
         (("--benchmark", FIRST), "required: --model"),
         (("--benchmark", FIRST, "--model", "tiny", "--limt", "2"), "did you mean '--limit'?"),
@@ -416,7 +422,7 @@ def test_the_interval_is_that_of_the_mean_and_the_same_each_time():
 
 
 def made(values, **changes):
-    metrics = list(benchmarks.HEADLINE)
+    metrics = list(HEADLINE)
     cost = {"frames": 1, "queries": 1, "nan_predictions": 0, "seconds": 1.0, "peak_memory": 1, "peak_gpu_memory": None}
     rows = [{"key": f"v{i}"} | cost | dict.fromkeys(metrics, value) for i, value in enumerate(values)]
     base = {"schema": 1, "benchmark": "synthetic", "protocol": {"metrics": metrics}, "method": "m", "data": "d"}

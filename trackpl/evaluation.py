@@ -1,7 +1,7 @@
 """`trackpl test --benchmark NAME`: score a method on a benchmark, video by video.
 
-Memory is bounded: one video is tracked while the next one is read, both at the benchmark's size. What comes of it is
-written as `trackpl.results` says, a line a video, so that a run that was stopped goes on where it was.
+Memory is bounded: a method works on one video while the next one is read. What comes of it is written as
+`trackpl.results` says, a line a video, so that a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ import yaml
 from tqdm import tqdm
 
 from trackpl import __version__, checkpoints
-from trackpl.benchmarks import BENCHMARKS, Benchmark, Task, find, method_queries, read_task, score
+from trackpl.benchmarks import BENCHMARKS, find
 from trackpl.errors import DataError, Error, UnreachableError, closest
 from trackpl.method import Method
 from trackpl.plugins import find as find_plugin
-from trackpl.results import ROWS, SCHEMA, Lines, Row, alone, report, save, summarise
+from trackpl.protocols import Benchmark, Row, Task
+from trackpl.results import ROWS, SCHEMA, Lines, alone, report, save, summarise
 from trackpl.shards import Index, Sample, read_index
-from trackpl.types import Tracks
 from trackpl.usage import Parser, device_of
 
 
@@ -41,11 +41,12 @@ def run(args: list[str]) -> int:
     """
     given, options = _parse(args)
     benchmark, device = find(given.benchmark), device_of(given.device)
+    settings = benchmark.settings(given)
     index = read_index(_locate(benchmark, given.data))
     check_set(benchmark, index)
     method = checkpoints.load(given.model, given.checkpoint, device, **options)
-    setup = describe(benchmark, index, method, given, options)
-    out = given.out or Path("results") / benchmark.name / f"{given.model}-{setup['weights'][:8]}"
+    setup = describe(benchmark, index, method, given.model, settings, options)
+    out = given.out or Path("results") / benchmark.name / f"{given.model}-{setup['weights'][:8]}{_suffix(settings)}"
     wanted = index.samples[: given.limit]
     with alone(out):
         lines = Lines(out / ROWS, setup, given.overwrite)
@@ -75,8 +76,12 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     add("--out", metavar="DIR", type=Path, help="where results go (default: results/BENCHMARK/METHOD-WEIGHTS)")
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, or auto: a GPU where there is one (default)")
     add("--limit", metavar="N", type=int, help="score the first N videos only")
-    add("--input", metavar="HxW", type=_size, help="size of the frames that the method is shown (default: 256x256)")
-    add("--threshold", metavar="P", type=float, help="visible above this probability (default: 0.5)")
+    size = "size of the frames that the method is shown (default: points 256x256, joints 320x320, others their own)"
+    add("--input", metavar="HxW", type=_size, help=size)
+    add("--threshold", metavar="P", type=float, help="of points: visible above this probability (default: 0.5)")
+    jitter = "of flow: change the {} of second frames at random, by up to {} either way"
+    add("--jitter-brightness", metavar="B", type=float, help=jitter.format("brightness", "this share"))
+    add("--jitter-hue", metavar="H", type=float, help=jitter.format("hue", "this share of the colour circle"))
     add("--overwrite", action="store_true", help="start anew where DIR holds a result of something else")
     known, unknown = parser.parse_known_args(args)
     options = _method_options(unknown, [f for a in parser._actions for f in a.option_strings])
@@ -84,6 +89,10 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         raise Error(f"--limit {known.limit}: allowed is a whole number from 1 on")
     if known.threshold is not None and not 0 <= known.threshold < 1:
         raise Error(f"--threshold {known.threshold:g}: allowed is a probability of at least 0 and below 1")
+    for flag, most in (("brightness", 1.0), ("hue", 0.5)):
+        value = getattr(known, f"jitter_{flag}")
+        if value is not None and not 0 <= value <= most:
+            raise Error(f"--jitter-{flag} {value:g}: allowed is 0 to {most:g}")
     return known, options
 
 
@@ -92,6 +101,12 @@ def _size(text: str) -> tuple[int, int]:
     if len(sides) != 2 or not all(16 <= v <= 4096 for v in sides):
         raise argparse.ArgumentTypeError(f"'{text}' is no size; give height and width such as 384x512")
     return sides[0], sides[1]
+
+
+def _suffix(settings: Mapping[str, Any]) -> str:
+    """Tell the folder of a jittered run from that of another."""
+    jitter = settings.get("jitter", {})
+    return "-jitter" + "-".join(f"{v:g}" for v in jitter.values()) if any(jitter.values()) else ""
 
 
 def _method_options(words: list[str], flags: Sequence[str]) -> dict[str, Any]:
@@ -117,11 +132,15 @@ def _locate(benchmark: Benchmark, address: str | None) -> str:
     if address:
         return address
     if benchmark.data != "synthetic":
-        make = f"trackpl data make {benchmark.data} SOURCE OUT"
-        raise Error(f"--benchmark {benchmark.name} needs --data ADDRESS, the shards that `{make}` writes")
+        raise Error(f"--benchmark {benchmark.name} needs --data ADDRESS, the shards that {_making(benchmark)} writes")
     from trackpl_prep.synthetic import default_set  # renders and writes; only who needs it loads it
 
     return str(default_set("val"))
+
+
+def _making(benchmark: Benchmark) -> str:
+    flags = "".join(f" {flag} {value}" for flag, value in benchmark.made.items())
+    return f"`trackpl data make {benchmark.data} SOURCE OUT{flags}`"
 
 
 def check_set(benchmark: Benchmark, index: Index) -> None:
@@ -130,7 +149,15 @@ def check_set(benchmark: Benchmark, index: Index) -> None:
     if source != benchmark.data:
         raise DataError(
             f"{index.path} holds the data set '{source}', but --benchmark {benchmark.name} is of '{benchmark.data}': "
-            f"make it with `trackpl data make {benchmark.data} SOURCE OUT`"
+            f"make it with {_making(benchmark)}"
+        )
+    options = index.meta.get("options")
+    chosen = {str(v) for v in options.values()} if isinstance(options, dict) else None
+    missing = [f"{k} {v}" for k, v in benchmark.made.items() if chosen is not None and v not in chosen]
+    if missing:
+        raise DataError(
+            f"{index.path} was not made with {' '.join(missing)}, but --benchmark {benchmark.name} is of those: "
+            f"make it with {_making(benchmark)}"
         )
 
 
@@ -138,10 +165,10 @@ def check_set(benchmark: Benchmark, index: Index) -> None:
 
 
 def describe(
-    benchmark: Benchmark, index: Index, method: Method, given: argparse.Namespace, options: dict[str, Any]
+    benchmark: Benchmark, index: Index, method: Method, name: str, settings: Mapping[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
     """Return all that the rows depend on, as JSON values."""
-    plugin = find_plugin(given.model)
+    plugin = find_plugin(name)
     made = {k: v for k, v in dict(method.hparams).items() if k not in ("optimizer", "lr_scheduler", "_class_path")}
     made = json.loads(json.dumps(made | options, default=str, sort_keys=True))
     device = method.device.type
@@ -149,9 +176,9 @@ def describe(
         "schema": SCHEMA,
         "benchmark": benchmark.name,
         "protocol": benchmark.protocol,
-        "input_size": list(given.input or benchmark.input_size),
-        "threshold": benchmark.threshold if given.threshold is None else given.threshold,
-        "method": given.model,
+        **settings,
+        **({"way": way} if (way := benchmark.way(method)) else {}),
+        "method": name,
         "class": plugin.class_path,
         "options": made,
         "config": hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest(),
@@ -192,51 +219,48 @@ def evaluate(benchmark: Benchmark, method: Method, samples: Sequence[Sample], li
     Raises:
         Error: the method or its device fails, or a server cannot be reached; the rows so far are kept.
     """
-    size: tuple[int, int] = tuple(lines.setup["input_size"])
     done = {key for key, row in lines.rows.items() if "skipped" not in row}
     todo = [s for s in samples if s.key not in done]
     start = len(samples) - len(todo)
-    points, seconds = 0, 0.0
+    (counted, unit), count, seconds = benchmark.pace, 0, 0.0
     with tqdm(total=len(samples), initial=start, desc=benchmark.name, unit="video", dynamic_ncols=True) as bar:
-        for sample, task in _read_ahead(benchmark, todo, size):
+        for sample, task in _read_ahead(benchmark, todo, lines.setup):
             if isinstance(task, DataError):
                 tqdm.write(f"left out: {task}", file=sys.stderr)
                 lines.add({"key": sample.key, "skipped": str(task)[:1000]})
             else:
-                row = measure(benchmark, method, task, lines.setup["threshold"])
+                row = measure(benchmark, method, task, lines.setup)
                 lines.add({"key": sample.key} | row)
-                points, seconds = points + row["queries"], seconds + row["seconds"]
-                bar.set_postfix_str(f"{points / seconds:.4g} points/s" if seconds else "", refresh=False)
+                count, seconds = count + row[counted], seconds + row["seconds"]
+                bar.set_postfix_str(f"{count / seconds:.4g} {unit}/s" if seconds else "", refresh=False)
             bar.update()
 
 
 def _read_ahead(
-    benchmark: Benchmark, samples: Sequence[Sample], size: tuple[int, int]
+    benchmark: Benchmark, samples: Sequence[Sample], setup: Mapping[str, Any]
 ) -> Iterator[tuple[Sample, Task | DataError]]:
-    """Read each video while the one before it is tracked; one that is broken comes as its error."""
+    """Read each video while the method works on the one before it; one that is broken comes as its error."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(_read, benchmark, samples[0], size) if samples else None
+        ahead = pool.submit(_read, benchmark, samples[0], setup) if samples else None
         for i, sample in enumerate(samples):
             assert ahead is not None
             task = ahead.result()
-            ahead = pool.submit(_read, benchmark, samples[i + 1], size) if i + 1 < len(samples) else None
+            ahead = pool.submit(_read, benchmark, samples[i + 1], setup) if i + 1 < len(samples) else None
             yield sample, task
 
 
-def _read(benchmark: Benchmark, sample: Sample, size: tuple[int, int]) -> Task | DataError:
+def _read(benchmark: Benchmark, sample: Sample, setup: Mapping[str, Any]) -> Task | DataError:
     try:
-        return read_task(benchmark, sample, size)
+        return benchmark.read(sample, setup)
     except UnreachableError:
         raise
     except DataError as error:
         return error
 
 
-def measure(benchmark: Benchmark, method: Method, task: Task, threshold: float) -> Row:
-    """Track and score one video; seconds are those of the method alone."""
-    device = method.device
-    queries, m = method_queries(benchmark, task).to(device), len(task.queries)
-    clip = task.clip.to(device)
+def measure(benchmark: Benchmark, method: Method, task: Task, setup: Mapping[str, Any]) -> Row:
+    """Ask a method about one video and score it; seconds are those of the method alone."""
+    device, clip = method.device, task.clip
     torch.manual_seed(0)  # a run that goes on gives what an uninterrupted one would
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -244,30 +268,23 @@ def measure(benchmark: Benchmark, method: Method, task: Task, threshold: float) 
     began = time.perf_counter()
     try:
         with torch.no_grad():
-            tracks = method.track(clip, queries).to("cpu") if m else _nothing(clip.frames)
+            prediction = benchmark.predict(method, task, setup)
     except torch.OutOfMemoryError:
-        raise Error(f"video '{clip.name[0]}' ({clip.frames} frames, {m} points) does not fit into the GPU") from None
+        h, w = clip.size
+        raise Error(f"video '{clip.name[0]}' ({clip.frames} frames of {h}x{w}) does not fit into the GPU") from None
     seconds = time.perf_counter() - began  # results on the CPU: the GPU is done
-    shapes = tuple(tracks.xy.shape), tuple(tracks.visible.shape)
-    if shapes != ((1, clip.frames, m, 2), (1, clip.frames, m)):
-        raise Error(f"the method gave tracks of shapes {shapes} for {m} points in {clip.frames} frames")
-    figures = score(benchmark, task, tracks, threshold)
+    row = benchmark.score(task, prediction, setup)
+    undefined = {k: None for k in benchmark.metrics if math.isnan(row[k])}
     return {
         "name": clip.name[0],
         "frames": clip.frames,
-        "tracks": task.count,
-        "queries": m,
-        **{k: None if math.isnan(v) else v for k, v in figures.items()},
-        "nan_predictions": int((~tracks.xy.isfinite()).any(-1).sum()),
+        **row,
+        **undefined,
         "seconds": round(seconds, 6),
         "threads": torch.get_num_threads(),
         "peak_memory": _peak_memory(),
         "peak_gpu_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
-
-
-def _nothing(frames: int) -> Tracks:
-    return Tracks(torch.zeros(1, frames, 0, 2), torch.zeros(1, frames, 0))
 
 
 def _peak_memory() -> int | None:

@@ -16,18 +16,17 @@ from typing import Any
 
 import filelock
 
-from trackpl.benchmarks import HEADLINE, Benchmark, aggregate
+from trackpl.benchmarks import BENCHMARKS
 from trackpl.errors import DataError, Error
 from trackpl.parsing import number as parse_number
 from trackpl.parsing import read_json
+from trackpl.protocols import Benchmark, Row, aggregate
 from trackpl.writing import replacing
 
 ROWS, RESULT = "videos.jsonl", "result.json"
 SCHEMA = 1
 _MAX_BYTES = 2**28  # of a result
 _MEASURED = ("frames", "queries", "nan_predictions", "seconds", "peak_memory", "peak_gpu_memory")
-
-Row = dict[str, Any]
 
 
 @contextmanager
@@ -128,6 +127,19 @@ def check_row(row: Any, metrics: Sequence[str]) -> None:
     for name in metrics:
         if row[name] is not None:
             parse_number(row[name], f"'{name}' of {row['key'][:72]}")
+    for more in ("parts", "weights"):
+        _check_more(row, more)
+
+
+def _check_more(row: Row, more: str) -> None:
+    """Raise `ValueError` if the parts or weights of a row are not numbers, or lists of them, by figure."""
+    values = row.get(more, {})
+    if not isinstance(values, dict):
+        raise ValueError(f"has '{more}' that are not by figure")
+    for name, value in values.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                parse_number(one, f"'{more}' of '{name[:72]}' of {row['key'][:72]}")
 
 
 # The summary ------------------------------------------------------------------------------------------------
@@ -155,6 +167,7 @@ def summarise(
         raise DataError(f"none of the {len(keys)} videos of '{benchmark.name}' could be scored{why}")
     seconds = sum(row["seconds"] for row in scored)
     queries = sum(row["queries"] for row in scored)
+    counted, unit = benchmark.pace
     return {
         **setup,
         "summary": aggregate(scored, benchmark.metrics),
@@ -165,12 +178,12 @@ def summarise(
             "found": len(keys),
             "scored": len(scored),
             "skipped": len(skipped),
-            "complete": len(scored) == len(keys) == benchmark.videos,
+            "complete": len(scored) == len(keys) == benchmark.videos and benchmark.asks in (None, queries),
         },
         "frames": sum(row["frames"] for row in scored),
         "queries": queries,
         "seconds": round(seconds, 6),
-        "points_per_second": queries / seconds if seconds else None,
+        f"{unit}_per_second": sum(row[counted] for row in scored) / seconds if seconds else None,
         "peak_memory": max(row["peak_memory"] or 0 for row in scored) or None,
         "peak_gpu_memory": max(row["peak_gpu_memory"] or 0 for row in scored) or None,
         "rows": scored,
@@ -200,9 +213,11 @@ def read_result(path: Path) -> dict[str, Any]:
         for key, kind in (("benchmark", str), ("protocol", dict), ("method", str), ("data", str), ("rows", list)):
             if not isinstance(result.get(key), kind):
                 raise ValueError(f"has no '{key}'")
-        metrics = result["protocol"].get("metrics")
-        if not isinstance(metrics, list) or not set(HEADLINE) <= {str(m) for m in metrics}:
-            raise ValueError(f"has not the metrics {', '.join(HEADLINE)}")
+        if result["benchmark"] not in BENCHMARKS:
+            raise ValueError(f"is of an unknown benchmark, '{result['benchmark'][:72]}'")
+        headline, metrics = BENCHMARKS[result["benchmark"]].headline, result["protocol"].get("metrics")
+        if not isinstance(metrics, list) or not set(headline) <= {str(m) for m in metrics}:
+            raise ValueError(f"has not the metrics {', '.join(headline)}")
         for row in result["rows"]:
             check_row(row, metrics)
     except OSError as error:
@@ -217,17 +232,25 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def report(benchmark: Benchmark, result: Mapping[str, Any], folder: Path) -> str:
     """Lay out the figures beside the published ones, then what is wrong with them, where they lie and what is next."""
-    counts, summary = result["videos"], result["summary"]
+    counts, summary, names = result["videos"], result["summary"], benchmark.headline
     ours = f"{result['method']} (this run)"
     width = max(len(name) for name in (ours, *(r.system for r in benchmark.references)))
-    h, w = result["input_size"]
-    of = f"{counts['scored']} of {counts['expected']} videos, {result['queries']} queries, frames of {h}x{w}"
-    lines = ["", f"{benchmark.name}: {benchmark.what}", " " * width + "".join(f"{n:>11}" for n in HEADLINE)]
-    lines.append(f"{ours:<{width}}" + "".join(f"{_cell(summary[n]):>11}" for n in HEADLINE) + f"   {of}")
-    for r in benchmark.references:
-        lines.append(f"{r.system:<{width}}" + "".join(f"{v:>11.1f}" for v in r.figures) + f"   {r.source}")
-    lines += ["", *_warnings(result)]
-    speed = f", {result['points_per_second']:.4g} points/s" if result["points_per_second"] else ""
+    columns = [max(11, len(name) + 2) for name in names]
+
+    def line(first: str, cells: Sequence[str], rest: str = "") -> str:
+        return f"{first:<{width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, columns, strict=True)) + rest
+
+    def cell(value: float | None, missing: str) -> str:
+        return missing if value is None else f"{value:.{benchmark.digits}f}"
+
+    shown = "x".join(map(str, result["input_size"])) if result["input_size"] else "their own size"
+    of = f"{counts['scored']} of {counts['expected']} videos, {result['queries']} {benchmark.asked}, frames of {shown}"
+    lines = ["", f"{benchmark.name}: {benchmark.what}", line("", names)]
+    lines.append(line(ours, [cell(summary[n], "undefined") for n in names], f"   {of}{_jitter(result)}"))
+    lines += [line(r.system, [cell(v, "-") for v in r.figures], f"   {r.source}") for r in benchmark.references]
+    lines += ["", *_warnings(benchmark, result)]
+    pace, unit = result[f"{benchmark.pace[1]}_per_second"], benchmark.pace[1]
+    speed = f", {pace:.4g} {unit}/s" if pace else ""
     memory = f", peak memory {result['peak_memory'] / 1e9:.2f} GB" if result["peak_memory"] else ""
     memory += f", of the GPU {result['peak_gpu_memory'] / 1e9:.2f} GB" if result["peak_gpu_memory"] else ""
     lines.append(f"{result['frames']} frames in {result['seconds']:.4g} s on {result['device']}{speed}{memory}")
@@ -238,14 +261,22 @@ def report(benchmark: Benchmark, result: Mapping[str, Any], folder: Path) -> str
     return "\n".join([*lines, f"next: {again}", ""])
 
 
-def _warnings(result: Mapping[str, Any]) -> list[str]:
+def _jitter(result: Mapping[str, Any]) -> str:
+    jitter = result.get("jitter", {})
+    changed = ", ".join(f"{k} by up to {v:g}" for k, v in jitter.items() if v)
+    return f", second frames jittered: {changed}" if changed else ""
+
+
+def _warnings(benchmark: Benchmark, result: Mapping[str, Any]) -> list[str]:
     counts, undefined = result["videos"], {k: n for k, n in result["undefined"].items() if n}
     lines = []
     if not counts["complete"]:
         skipped = f", {counts['skipped']} cannot be read" if counts["skipped"] else ""
+        asks = f" and {benchmark.asks} {benchmark.asked}" if benchmark.asks else ""
+        asked = f" and {result['queries']} {benchmark.asked}" if benchmark.asks else ""
         lines.append(
-            f"NOT COMPLETE: the benchmark has {counts['expected']} videos, this set {counts['found']}{skipped}, "
-            f"scored are {counts['scored']}: not comparable with figures of the whole benchmark"
+            f"NOT COMPLETE: the benchmark has {counts['expected']} videos{asks}, this set {counts['found']}{skipped}, "
+            f"scored are {counts['scored']}{asked}: not comparable with figures of the whole benchmark"
         )
     lines += [f"  left out: {row['key']}: {row['skipped']}" for row in result["skipped"][:5]]
     if undefined:
@@ -254,10 +285,6 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
     if result["nan_predictions"]:
         lines.append(f"{result['nan_predictions']} predicted positions are not finite and count as misses")
     return lines
-
-
-def _cell(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.1f}"
 
 
 def _relative(path: Path) -> str:
