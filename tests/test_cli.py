@@ -90,7 +90,7 @@ def test_unknown_verb_gives_the_closest(capsys):
         "trackpl: no verb is called 'train'; did you mean 'fit'?",
         "trackpl: no verb is called 'trakc'; did you mean 'track'?",
         "trackpl: no verb is called 'zzz'; "
-        "allowed: bench, data, fit, new, plugins, predict, test, track, validate, weights",
+        "allowed: bench, data, fit, new, plugins, predict, sweep, test, track, validate, weights",
     ]
 
 

@@ -17,6 +17,7 @@ usage: trackpl VERB [options]          trackpl VERB --help shows the options of 
   validate   score on validation data  trackpl validate --model NAME --ckpt_path FILE
   test       score on benchmarks       trackpl test --benchmark synthetic --model NAME
   predict    run on a data set         trackpl predict --model NAME --ckpt_path FILE
+  sweep      train a grid, tabulate    trackpl sweep windows
   track      track points in a video   trackpl track VIDEO --model NAME --grid 20
   data       make data sets            trackpl data make synthetic OUT
   plugins    list installed methods    trackpl plugins [--check]
@@ -115,6 +116,12 @@ def _weights(args: list[str]) -> int:
     return weights.run(args)
 
 
+def _sweep(args: list[str]) -> int:
+    from trackpl import sweep
+
+    return sweep.run(args)
+
+
 def _bench(args: list[str]) -> int:
     from trackpl import bench
 
@@ -167,6 +174,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "plugins": _plugins,
     "weights": _weights,
     "bench": _bench,
+    "sweep": _sweep,
     "new": _new,
 }
 
@@ -176,7 +184,7 @@ _MEANT = {"train": "fit", "val": "validate", "eval": "test", "infer": "predict",
 
 def _interrupted(args: list[str]) -> int:
     hint = "; to go on, repeat the command with --ckpt_path last" if args[:1] == ["fit"] else ""
-    if args[:1] == ["test"] and "--benchmark" in args:
+    if args[:1] == ["sweep"] or (args[:1] == ["test"] and "--benchmark" in args):
         hint = "; to go on, repeat the command"
     print(f"\ntrackpl: interrupted{hint}", file=sys.stderr)
     return 130

@@ -21,14 +21,9 @@ def folders() -> list[Path]:
 
 
 def names() -> list[str]:
-    """Return the bare names of all configs that can be found, such as ``hardware/cpu``."""
-    found = {
-        path.relative_to(folder).with_suffix("").as_posix()
-        for folder in folders()
-        for path in folder.rglob("*")
-        if path.suffix in SUFFIXES
-    }
-    return sorted(found)
+    """Return the bare names of all configs that can be found, such as ``hardware/cpu``; those in ``sweeps`` are not."""
+    found = {path.relative_to(folder) for folder in folders() for path in folder.rglob("*") if path.suffix in SUFFIXES}
+    return sorted(path.with_suffix("").as_posix() for path in found if path.parts[0] != "sweeps")
 
 
 def find(name: str) -> Path:
