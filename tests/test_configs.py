@@ -41,6 +41,10 @@ def test_every_experiment_trains_validates_and_its_checkpoint_tracks(name, shard
     data = yaml.safe_load(configs.find(name).read_text())["data"]
     if data.get("init_args", data).get("frames", 0) > 4:  # what the clips here have
         options += ["--data.frames", "4", "--data.stride", "1", "--data.points", "8"]
+    height, width = data["init_args"]["augment"]["init_args"]["size"]
+    if height * width > 256 * 256:
+        options += ["--data.augment.init_args.size", "[128, 128]"]
+        options += ["--model.bound_crop", "16"] if name.startswith("crw") else []
     fit = trackpl("fit", "--config", name, "--config", "hardware/cpu", *options, cwd=tmp_path)
     assert fit.returncode == 0, fit.stderr
     (run,) = (tmp_path / "runs").glob("*/*")
