@@ -2,7 +2,7 @@
 
 The two lines to start with::
 
-    method = trackpl.load("crw_multiscale")
+    method = trackpl.load("locotrack")
     tracks = method.track(trackpl.Clip(video=video), queries)
 """
 

@@ -81,7 +81,7 @@ class LocoTrack(Method):
         weights_licence="Apache-2.0",
     )
     contract: ClassVar[int] = 1
-    weights: ClassVar[str | None] = None
+    weights: ClassVar[str | None] = "locotrack_tiny.safetensors"
     published = weights_of.PUBLISHED
 
     def __init__(
