@@ -85,14 +85,16 @@ def test_every_command_of_the_readme_is_one():
     verbs = set(re.findall(r"^trackpl (\w+)", text, re.M))
     assert verbs >= {"track", "fit", "data", "new"}
     for verb in verbs:
-        help_ = trackpl(verb, "--help", cwd=ROOT)
-        assert help_.returncode == 0, help_.stderr
+        pages = [["--benchmark"], ["--compare"], []] if verb == "test" else [[]]
+        helps = [trackpl(verb, *page, "--help", cwd=ROOT) for page in pages]
+        assert all(page.returncode == 0 for page in helps), [page.stderr for page in helps]
+        shown = "".join(page.stdout for page in helps)
         used = {
             o
             for line in re.findall(rf"^trackpl {verb} (.*?)(?:  #.*)?$", text, re.M)
             for o in re.findall(r"(--\w+)[ \n]", line)
         }
         for option in used - {"--clips", "--seed", "--workers", "--model", "--data", "--trainer"}:
-            assert option in help_.stdout, f"trackpl {verb} has no {option}"
+            assert option in shown, f"trackpl {verb} has no {option}"
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in re.findall(r"^make (\w+)", text, re.M))
