@@ -17,7 +17,7 @@ from trackpl_locotrack.winograd import conv3x3, transformed
 
 import trackpl
 from trackpl.errors import DataError, Error
-from trackpl.testing import check_method, moving_clip
+from trackpl.testing import check_method, check_mirror, moving_clip
 
 GOLDEN = Path(__file__).parent / "golden" / "locotrack"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -297,6 +297,17 @@ def test_the_tiny_size_is_ours_and_known_by_its_weights(tmp_path):
     queries = torch.cat([torch.zeros(1, 5, 1), clip.tracks[:, 0]], -1)
     one, two = method.track(clip, queries), again.track(clip, queries)
     assert torch.equal(one.xy, two.xy) and one.xy.shape == (1, 4, 5, 2)
+
+
+def test_the_shipped_weights_follow_a_plane_and_its_mirror_image():
+    method = trackpl.load("locotrack")
+    clip = moving_clip(6, (128, 160), points=32)
+    queries = torch.cat([torch.zeros(1, 32, 1), clip.tracks[:, 0]], -1)
+    tracks = method.track(clip, queries)
+    gap = (tracks.xy - clip.tracks).norm(dim=-1)
+    assert gap.median() < 0.5 and (gap < 2).float().mean() > 0.9, f"median {gap.median():.2f} px"
+    assert (tracks.visible > 0.5).float().mean() > 0.8
+    check_mirror(method)
 
 
 def test_truth_of_hidden_points_and_tracks_never_seen_do_not_count():
