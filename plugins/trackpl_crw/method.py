@@ -37,7 +37,7 @@ from trackpl_crw.photometric import LOSSES
 from trackpl_crw.propagation import Propagation, embedded_size, propagate_frames
 from trackpl_crw.pwc import Regressor
 from trackpl_crw.pyramid import FeaturePyramid, embed_heads, image_pyramid
-from trackpl_crw.regressor import RegressorLosses, both_ways, comparable
+from trackpl_crw.regressor import RegressorLosses, both_ways, comparable, trusted
 from trackpl_crw.smoothness import smoothness
 from trackpl_crw.transition import Matcher, Transition, upsample
 from trackpl_crw.walk import cycle_loss
@@ -85,10 +85,16 @@ class MultiscaleCRW(Method):
         flow_by: ``regressor``, where there is one, or ``walk``, the non-parametric flow.
         reduce_dense: the regressor's estimator: the reduced one, or the dense one.
         cost_volume: what the regressor's cost volume compares: ``features`` or ``embeddings``.
+        regress_from: where each level of the regressor begins: at the level ``above``, as in the paper, or at the
+            ``walk``'s flow of the level wherever the walk back undoes it, and at the level above elsewhere.
         constraint_weight: of the regressor's distance from the walk's flow.
+        constraint_on: where that counts: on ``all`` pixels, as in the paper, or on the ``consistent`` ones, whose flow
+            the walk back undoes.
         feature_weight: of the feature consistency loss.
         bound_weight: of the boundary loss; 0 saves its second pass.
         bound_crop: pixels that it cuts off on each side, a multiple of 4.
+        bound_boxes: rectangles of other pixels painted on each cropped frame, so that it also teaches what moves behind
+            something (as in SelFlow, Liu et al. 2019); 0, the paper, is none.
         bound_start: optimiser step at which it begins.
         bound_ramp: steps over which it then grows to its weight.
         photometric: a classical photometric term beside the learned one (Table 5): ``none``, ``charbonnier``,
@@ -135,10 +141,13 @@ class MultiscaleCRW(Method):
         flow_by: Literal["regressor", "walk"] = "regressor",
         reduce_dense: bool = True,
         cost_volume: Literal["features", "embeddings"] = "features",
+        regress_from: Literal["above", "walk"] = "above",
         constraint_weight: float = 1.0,
+        constraint_on: Literal["all", "consistent"] = "all",
         feature_weight: float = 0.1,
         bound_weight: float = 1.0,
         bound_crop: int = 64,
+        bound_boxes: int = 0,
         bound_start: int = 0,
         bound_ramp: int = 0,
         photometric: Literal["none", "charbonnier", "census", "ssim"] = "none",
@@ -171,15 +180,17 @@ class MultiscaleCRW(Method):
             )
         if not regressor and not train_walk:
             raise Error("crw_multiscale needs train_walk or a regressor; with neither nothing is trained")
-        if bound_crop < FINEST or bound_crop % FINEST or min(bound_start, bound_ramp) < 0:
+        if bound_crop < FINEST or bound_crop % FINEST or min(bound_boxes, bound_start, bound_ramp) < 0:
             raise Error(
-                f"crw_multiscale needs bound_crop a multiple of {FINEST} above 0, and bound_start and bound_ramp "
-                f"of 0 or more; got {bound_crop}, {bound_start} and {bound_ramp}"
+                f"crw_multiscale needs bound_crop a multiple of {FINEST} above 0, and bound_boxes, bound_start and "
+                f"bound_ramp of 0 or more; got {bound_crop}, {bound_boxes}, {bound_start} and {bound_ramp}"
             )
         for name, given, allowed in (
             ("input_range", input_range, ("symmetric", "unit")),
             ("flow_by", flow_by, ("regressor", "walk")),
             ("cost_volume", cost_volume, ("features", "embeddings")),
+            ("regress_from", regress_from, ("above", "walk")),
+            ("constraint_on", constraint_on, ("all", "consistent")),
             ("photometric", photometric, ("none", *LOSSES)),
             ("occlusion", occlusion, ("wang", "brox")),
         ):
@@ -193,7 +204,8 @@ class MultiscaleCRW(Method):
         self.starts, self.end_view_shift, self.resolution = starts, end_view_shift, resolution
         self.curriculum = curriculum or {}
         self.input_range, self.flow_by, self.cost_volume = input_range, flow_by, cost_volume
-        self.regressor = Regressor(levels, reduce_dense) if regressor else None
+        self.from_walk = regress_from == "walk"
+        self.regressor = Regressor(levels, reduce_dense, self.from_walk) if regressor else None
         self.regressor_losses = RegressorLosses(
             smooth_weight=smooth_weight,
             edge_constant=edge_constant,
@@ -206,6 +218,8 @@ class MultiscaleCRW(Method):
             photometric=photometric,
             photometric_weight=photometric_weight,
             occlusion=occlusion,
+            constraint_on=constraint_on,
+            bound_boxes=bound_boxes,
         )
         self.train_walk, self.start_from = train_walk, start_from
         if not train_walk:
@@ -268,7 +282,9 @@ class MultiscaleCRW(Method):
                 losses[f"smooth_{stride}"] = self.smooth_weight * smooth
         if self.regressor is not None:
             features = [f.unflatten(0, (k, -1)) for f in features]
-            losses |= self._of_regressor(frames, features, embedded, [s.flow.detach() for s in steps], guides)
+            losses |= self._of_regressor(
+                frames, features, embedded, [self.matcher.filtered(s.flow.detach()) for s in steps], guides
+            )
         return losses
 
     # 3.2: the regressor learns from constants, so that nothing of it reaches the embeddings --------------------------
@@ -278,20 +294,21 @@ class MultiscaleCRW(Method):
     ) -> dict[str, Tensor]:
         """Losses of the regressor from frames (k, B, 3, H, W) and what is known of them, see `RegressorLosses`."""
         wanted, device = self.regressor_losses, frames.device.type
-        flows = self._regress(features, embedded)
+        flows = self._regress(features, embedded, walk)
         with torch.autocast(device, enabled=False):
             losses = wanted.of_levels(flows, walk, embedded, guides) | wanted.of_colours(frames, flows[-1])
         if share := wanted.bound_share(self._step()):
             with torch.no_grad():
-                features = self.pyramid(wanted.cropped(frames).flatten(0, 1))
-                embedded = self._embeddings(features) if self.cost_volume == "embeddings" else []
-            k = len(frames)
-            student = self._regress(*([x.unflatten(0, (k, -1)) for x in parts] for parts in (features, embedded)))[-1]
+                cropped, covered = wanted.cropped(frames)
+                features = self.pyramid(cropped.flatten(0, 1))
+                cut = [[x.unflatten(0, (len(frames), -1)) for x in y] for y in (features, self._embeddings(features))]
+                walk = self.matcher.flows(*zip(*map(both_ways, cut[1]), strict=True)) if self.from_walk else []
+            student = self._regress(*cut, walk)[-1]
             with torch.autocast(device, enabled=False):
-                losses["bound"] = share * wanted.of_boundary(student, flows[-1])
+                losses["bound"] = share * wanted.of_boundary(student, flows[-1], covered)
         return losses
 
-    def _regress(self, features: Sequence[Tensor], embedded: Sequence[Tensor]) -> list[Tensor]:
+    def _regress(self, features: Sequence[Tensor], embedded: Sequence[Tensor], walk: Sequence[Tensor]) -> list[Tensor]:
         """Regress the flow of all adjacent pairs both ways, a level each, from (k, B, C, h, w) taken as constants."""
         assert self.regressor is not None, "called with a regressor only"
         pairs = [both_ways(f.detach()) for f in features]
@@ -299,7 +316,8 @@ class MultiscaleCRW(Method):
         if self.cost_volume == "embeddings":
             compared = [both_ways(e.detach()) for e in embedded]
             compared = [(comparable(s), comparable(t)) for s, t in compared]
-        return self.regressor(sources, [s for s, _ in compared], [t for _, t in compared])
+        known = [(f.float(), trusted(f.float())) for f in walk] if self.from_walk else None
+        return self.regressor(sources, [s for s, _ in compared], [t for _, t in compared], known)
 
     def on_train_batch_start(self, batch: Clip, batch_idx: int) -> None:
         """Begin optimiser and learning rate anew where the curriculum switches (3.3, multi-frame training)."""
@@ -354,7 +372,7 @@ class MultiscaleCRW(Method):
     def encode(self, images: Tensor) -> list[Tensor]:
         """Embed frames (B, 3, H, W) resized to `resolution` and to multiples of the coarsest stride.
 
-        For the regressor: the features of the pyramid, then what its cost volume compares if that is another.
+        For the regressor: the features of the pyramid, then the embeddings if it needs them.
         """
         size = working_size(images.shape[-2], images.shape[-1], self.resolution, self.coarsest)
         if images.shape[-2:] != size:
@@ -362,19 +380,26 @@ class MultiscaleCRW(Method):
         if not self._regresses:
             return self.embed(images)
         features = self.pyramid(images)
-        if self.cost_volume == "features":
-            return features
-        return features + [comparable(e) for e in self._embeddings(features)]
+        embedded = self._embeddings(features) if self.from_walk or self.cost_volume == "embeddings" else []
+        return features + embedded
 
     @torch.no_grad()
     def match(self, source: list[Tensor], target: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Give the displacement of every pixel (B, 2, H, W); the walk has no notion of occlusion (3.2)."""
-        if self.regressor is not None and self._regresses:
-            n = len(self.embed_heads)
-            flow = self.regressor(source[:n], source[-n:], target[-n:])[-1]
-        else:
-            flow = self.matcher.flow(source, target)
+        flow = self._regressed(source, target) if self._regresses else self.matcher.flow(source, target)
         return resize_flow(upsample(flow, FINEST), size)
+
+    def _regressed(self, source: list[Tensor], target: list[Tensor]) -> Tensor:
+        """Flow of the finest level from what `encode` gives, in its pixels."""
+        assert self.regressor is not None, "called with a regressor only"
+        n = len(self.embed_heads)
+        compared, known = (source[:n], target[:n]), None
+        if self.cost_volume == "embeddings":
+            compared = [comparable(e) for e in source[n:]], [comparable(e) for e in target[n:]]
+        if self.from_walk:
+            there, back = self.matcher.flows(source[n:], target[n:]), self.matcher.flows(target[n:], source[n:])
+            known = [(f, consistent(f, g) * in_frame(f)) for f, g in zip(there, back, strict=True)]
+        return self.regressor(source[:n], *compared, known)[-1]
 
     @torch.no_grad()
     def flow(self, clip: Clip, pairs: Sequence[tuple[int, int]]) -> Flow:

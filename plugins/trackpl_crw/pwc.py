@@ -97,22 +97,36 @@ class Regressor(nn.Module):
     Args:
         levels: of the pyramid, see `FeaturePyramid`.
         reduce_dense: the reduced estimator (0.68 million values), or the dense one (1.78 million).
+        from_walk: each level begins at the walk's flow where that is trusted, and at the level above elsewhere; the
+            estimator sees which. Its first steps are zero, so that an untrained one gives just this flow.
     """
 
-    def __init__(self, levels: int = 5, reduce_dense: bool = True) -> None:
+    def __init__(self, levels: int = 5, reduce_dense: bool = True, from_walk: bool = False) -> None:
         super().__init__()
-        inputs = (2 * REACH + 1) ** 2 + REDUCED + 2
+        inputs = (2 * REACH + 1) ** 2 + REDUCED + 2 + from_walk
         self.flow_estimators = ReducedEstimator(inputs) if reduce_dense else DenseEstimator(inputs)
         self.context_networks = ContextNetwork(self.flow_estimators.features + 2)
         self.conv_1x1 = nn.ModuleList(_conv(c, REDUCED, kernel=1) for c in WIDTHS[levels:0:-1])
+        if from_walk:
+            last = self.flow_estimators.predict_flow if reduce_dense else self.flow_estimators.conv_last
+            for value in (*last.parameters(), *self.context_networks.convs[-1].parameters()):
+                nn.init.zeros_(value)
 
-    def forward(self, features: Sequence[Tensor], source: Sequence[Tensor], target: Sequence[Tensor]) -> list[Tensor]:
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        source: Sequence[Tensor],
+        target: Sequence[Tensor],
+        walk: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> list[Tensor]:
         """Estimate the flow of each level, coarse to fine.
 
         Args:
             features: pyramid of frame s, (B, C_l, h, w) each.
             source: what the cost volume compares of frame s: the same features, or embeddings.
             target: likewise of frame t.
+            walk: with `from_walk`, the walk's flow (B, 2, h, w) of each level and where to trust it, (B, 1, h, w) of
+                0 and 1.
         """
         flow, flows = features[0].new_zeros(len(features[0]), 2, *features[0].shape[-2:], dtype=torch.float32), []
         for level, (x, s, t) in enumerate(zip(features, source, target, strict=True)):
@@ -121,9 +135,14 @@ class Regressor(nn.Module):
                 s, t, flow = s.float(), t.float(), flow.float()
                 if level:
                     flow = upsample(flow, 2)
+                known = []
+                if walk is not None:
+                    matched, trusted = walk[level]
+                    flow, known = torch.where(trusted.bool(), matched, flow), [trusted]
+                if level or known:
                     t = warp(t, flow)
                 cost = F.leaky_relu(cost_volume(s, t), 0.1, inplace=True)
-            seen, step = self.flow_estimators(torch.cat([cost, self.conv_1x1[level](x), flow], 1))
+            seen, step = self.flow_estimators(torch.cat([cost, self.conv_1x1[level](x), flow, *known], 1))
             flow = flow + step
             flow = flow + self.context_networks(torch.cat([seen, flow], 1))
             flows.append(flow.float())

@@ -222,25 +222,29 @@ class Matcher:
         """Give the transition of every level; raw embeddings (B, d, h, w) come and transitions go coarse to fine."""
         out: list[Transition] = []
         for s, t in zip(source, target, strict=True):
-            flow = self._next(out[-1].flow.detach()) if out else torch.zeros_like(s[:, :2])
+            flow = upsample(self.filtered(out[-1].flow.detach()), 2) if out else torch.zeros_like(s[:, :2])
             with torch.autocast(s.device.type, enabled=False):
                 args = _full(s), _full(t), _full(flow), self.radius, self.tau, self.expected_flow, self.stay
                 out.append(transition(*args))
         return out
 
-    def flow(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-        """Give the flow of the finest level (B, 2, h, w), filtered, in its pixels."""
-        flow = None
+    def flows(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> list[Tensor]:
+        """Give the flow of every level (B, 2, h, w), filtered, in its pixels, without the transitions themselves."""
+        out: list[Tensor] = []
         for s, t in zip(source, target, strict=True):
-            flow = torch.zeros_like(s[:, :2]) if flow is None else self._next(flow)
+            flow = upsample(out[-1], 2) if out else torch.zeros_like(s[:, :2])
             with torch.autocast(s.device.type, enabled=False):
                 args = _full(s), _full(t), _full(flow), self.radius, self.tau, self.expected_flow, self.stay
-                flow = matched_flow(*args)
-        assert flow is not None, "a pyramid has at least one level"
-        return median_filter(flow, self.median)
+                out.append(self.filtered(matched_flow(*args)))
+        return out
 
-    def _next(self, flow: Tensor) -> Tensor:
-        return upsample(median_filter(flow, self.median), 2)
+    def flow(self, source: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+        """Give the flow of the finest level (B, 2, h, w), filtered, in its pixels."""
+        return self.flows(source, target)[-1]
+
+    def filtered(self, flow: Tensor) -> Tensor:
+        """Filter a level's flow as it goes on."""
+        return median_filter(flow, self.median)
 
 
 def _full(x: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def push(step: Transition, columns: Tensor) -> Tensor:
     spread = _Apply.apply(transpose(step.probability), columns).view(b * n, s)
     out = spread.new_zeros(b * n, s)
     for c in range(4):
-        out = out.index_add(0, nodes[..., c].view(-1), spread * weights[..., c].view(-1, 1))
+        out = out.index_add(0, nodes[..., c].reshape(-1), spread * weights[..., c].reshape(-1, 1))
     return out.view(b, n, s)
 
 
