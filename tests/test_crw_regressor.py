@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden.fill import filled
+from hypothesis import given
+from hypothesis import strategies as st
 from trackpl_crw import occlusion, photometric, regressor
 from trackpl_crw.method import MultiscaleCRW
 from trackpl_crw.pwc import Regressor, cost_volume
@@ -162,11 +164,18 @@ def test_conformance():
     assert {"check_gradients", "check_checkpoint", "check_points"} <= set(done)
 
 
-@pytest.mark.parametrize("cost_volume", ["features", "embeddings"])
-def test_who_teaches_whom(cost_volume):
+OURS = {"regress_from": "walk", "constraint_on": "consistent", "bound_boxes": 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cost_volume": "features"}, {"cost_volume": "embeddings"}, OURS, OURS | {"cost_volume": "embeddings"}],
+    ids=["features", "embeddings", "from the walk", "from the walk, embeddings"],
+)
+def test_who_teaches_whom(options):
     """Table of spec 5.4: the walk's losses teach pyramid and heads, the regressor's teach the regressor alone."""
     torch.manual_seed(0)
-    method = MultiscaleCRW(levels=2, regressor=True, bound_crop=8, cost_volume=cost_volume, photometric="census")
+    method = MultiscaleCRW(levels=2, regressor=True, bound_crop=8, photometric="census", **options)
     losses = method.losses(moving_clip(2, (32, 48)))
     walk = {f"{k}_{s}" for k in ("crw", "smooth") for s in (8, 4)}
     ours = {f"{k}_{s}" for k in ("feature", "constraint", "regressor_smooth") for s in (8, 4)} | {"census", "bound"}
@@ -233,6 +242,79 @@ def test_the_walk_gives_its_flow_on_request():
     assert plain.flow(clip, [(0, 1)]).visible is None
 
 
+def both_flows(method, clip):
+    """Flow of the walk, there and back, in pixels of the finest level."""
+    first, second = (method.embed(clip.float_video()[:, i]) for i in (0, 1))
+    return method.matcher.flow(first, second), method.matcher.flow(second, first)
+
+
+@pytest.mark.parametrize("reduce_dense", [True, False])
+def test_begun_at_the_walk_an_untrained_regressor_gives_its_flow_wherever_it_comes_home(reduce_dense):
+    torch.manual_seed(0)
+    method = MultiscaleCRW(levels=2, resolution=None, regressor=True, reduce_dense=reduce_dense, **OURS, median=5)
+    with torch.no_grad():
+        clip = moving_clip(2, (64, 80))
+        walk, back = both_flows(method, clip)
+        source, target = (method.encode(clip.float_video()[:, i]) for i in (0, 1))
+        flow = method._regressed(source, target)
+    home = (occlusion.consistent(walk, back) * occlusion.in_frame(walk)).bool()
+    assert 0 < home.sum() < home.numel()
+    assert torch.equal(flow[home.expand_as(flow)], walk[home.expand_as(walk)])
+    assert not torch.equal(flow, walk)
+
+
+def test_flow_at_use_is_that_of_training_begun_at_the_walk():
+    torch.manual_seed(0)
+    method = MultiscaleCRW(**SMALL | {"levels": 2, "resolution": None}, **OURS | {"bound_boxes": 0})
+    for last in (method.regressor.flow_estimators.predict_flow, method.regressor.context_networks.convs[-1]):
+        torch.nn.init.normal_(last[0].weight, std=0.1)
+    seen = []
+    method.regressor.register_forward_hook(lambda module, given, flows: seen.append(flows[-1]))
+    clip = moving_clip(2, (32, 48))
+    with torch.no_grad():
+        method.losses(clip)
+        method.flow(clip, [(0, 1)])
+    learned, there, home = seen[0], *seen[-2:]  # `flow` matches there and, to tell what is seen, back
+    assert far(learned, torch.cat([there, home])) < 1e-4 and there.abs().max() > 1e-3
+
+
+def test_the_constraint_on_consistent_pixels_leaves_the_others_free():
+    walk = torch.zeros(2, 2, 8, 8)
+    walk[0, 0, :, :4] = 6.0  # lands where the flow back is zero: nothing brings it home
+    flow = walk.clone().requires_grad_()
+    shifted = flow + torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
+    embedded, guide = [torch.rand(2, 1, 4, 8, 8)], [torch.rand(2, 3, 8, 8)]
+    loss = regressor.RegressorLosses(constraint_on="consistent").of_levels([shifted], [walk], embedded, guide)
+    assert loss["constraint_4"].item() == pytest.approx(5.0)
+    loss["constraint_4"].backward()
+    assert not flow.grad[0, :, :, :4].any() and flow.grad[0, :, :, 4:].all()
+
+
+@given(count=st.integers(1, 4), height=st.integers(24, 80), width=st.integers(24, 80))
+def test_boxes_have_the_sizes_that_they_promise(count, height, width):
+    covered = regressor.boxes(torch.zeros(3, 3, height, width), count)
+    assert covered.shape == (3, 1, height, width) and covered.dtype == torch.bool
+    share = covered.float().mean((1, 2, 3))
+    assert (share <= count * (1 / 3 + 1 / height) * (1 / 3 + 1 / width)).all() and (share > 0).all()
+
+
+def test_what_is_painted_over_is_other_pixels_and_is_not_counted():
+    torch.manual_seed(0)
+    frames = torch.rand(2, 2, 3, 64, 64)
+    plain, nothing = regressor.RegressorLosses(bound_crop=8).cropped(frames)
+    losses = regressor.RegressorLosses(bound_crop=8, bound_boxes=2)
+    painted, covered = losses.cropped(frames)
+    assert nothing is None and covered.shape == (2, 2, 1, 64, 64)
+    hidden = covered.bool().expand_as(painted)
+    assert torch.equal(painted[~hidden], plain[~hidden]) and (painted[hidden] != plain[hidden]).any()
+    assert torch.equal(painted[hidden], frames.roll(1, 1).flip(-1)[hidden])
+    student = torch.zeros(4, 2, 16, 16, requires_grad=True)
+    everywhere = torch.ones(2, 2, 1, 64, 64)
+    teacher = torch.tensor([1.0, -1.0, -1.0, 1.0]).view(4, 1, 1, 1).expand(4, 2, 16, 16)
+    assert losses.of_boundary(student + 3, teacher, everywhere).item() == 0.0
+    assert losses.of_boundary(student + 3, teacher, 0 * everywhere).item() > 0.0
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -240,6 +322,9 @@ def test_the_walk_gives_its_flow_on_request():
         {"train_walk": False},
         {"regressor": True, "bound_crop": 6},
         {"regressor": True, "bound_ramp": -1},
+        {"regressor": True, "bound_boxes": -1},
+        {"regress_from": "below"},
+        {"constraint_on": "some"},
         {"photometric": "l1"},
         {"flow_by": "magic"},
     ],
