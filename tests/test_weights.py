@@ -17,6 +17,7 @@ import trackpl
 from trackpl import cli
 from trackpl.downloads import Download
 from trackpl.errors import CheckpointError, DataError, Error, UnreachableError
+from trackpl.plugins import find
 from trackpl.published import Published, resolve
 from trackpl.remote import Patience
 from trackpl.weights import get
@@ -326,4 +327,49 @@ def test_load_finds_cached_weights_by_name(publish, cache, tmp_path, monkeypatch
         trackpl.load("tiny", checkpoint="toy")
     monkeypatch.chdir(tmp_path)
     Path("toy").touch()
-    assert resolve("toy", [toy]) == Path("toy")  # a file goes before a name
+    assert resolve("toy", find("tiny").load()) == Path("toy")  # a file goes before a name
+
+
+@pytest.fixture
+def ship(tmp_path, monkeypatch):
+    """Install the tiny method as a package that ships several weights."""
+
+    def run(more, taken=""):
+        site, package = tmp_path / "site", f"trackpl_box{abs(hash(tmp_path)) % 10**8}"
+        folder = site / package
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+        code = Path(__file__).with_name("tiny.py").read_text()
+        (folder / "method.py").write_text(f"{code}\nTiny.more_weights = {more!r}\nclass Child(Tiny): pass\n")
+        lines = f"[trackpl.methods]\ntiny = {package}.method:Tiny\nchild = {package}.method:Child\n{taken}"
+        install(site, "box", "", entry_points=lines, package="trackpl-a-box")
+        monkeypatch.syspath_prepend(str(site))
+        return folder
+
+    return run
+
+
+def test_a_method_may_ship_several_weights_by_name(ship, command, tmp_path, monkeypatch):
+    folder = ship({"tiny_far": "far.safetensors"})
+    assert "MISSING" in command()[1]
+    (folder / "far.safetensors").write_bytes(save({"shift": torch.tensor([30.0, 4.0])}))
+    for name in ("tiny", "child"):
+        assert trackpl.load(name, checkpoint="tiny_far").shift.tolist() == [30, 4]
+    _, out, err = command()
+    row = next(line.split() for line in out.splitlines() if line.startswith("tiny_far "))
+    assert err == "" and row[1] == "tiny" and out.count("tiny_far") == 1
+    assert command("path", "tiny_far")[1].strip() == str(folder / "far.safetensors")
+    assert "trackpl track VIDEO --model tiny --checkpoint tiny_far" in command("get", "tiny_far")[1]
+    monkeypatch.chdir(tmp_path)
+    Path("tiny_far").touch()
+    assert resolve("tiny_far", find("tiny").load()) == Path("tiny_far")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [({"tiny": "far.safetensors"}, "the name 'tiny', which is taken"), (["far"], "must map names to files")],
+)
+def test_wrong_names_of_shipped_weights_are_told(ship, command, more, told):
+    ship(more)
+    status, out, err = command()
+    assert status == 0 and told in err and "crw_multiscale" in out

@@ -27,8 +27,8 @@ def load(name: str, checkpoint: str | Path | None = None, device: str = "cpu", *
     Args:
         name: a plugin's short name, see `trackpl plugins`.
         checkpoint: a checkpoint of `trackpl fit`, a `.safetensors` file, or the authors' published file, told apart by
-            their content; or the name of published weights that `trackpl weights get` fetched. None takes the weights
-            that ship with the plugin.
+            their content; or the name of weights in `trackpl weights`, published ones once they are fetched. None takes
+            those that ship under the plugin's own name.
         device: where the method computes.
         **init_args: options of the method; they go before those stored in the checkpoint.
 
@@ -42,7 +42,7 @@ def load(name: str, checkpoint: str | Path | None = None, device: str = "cpu", *
     for option in init_args:
         if option not in known:
             raise CheckpointError(f"method '{name}' has no option '{option}'; {closest(option, known)}")
-    path = resolve(checkpoint, cls.published) if checkpoint is not None else _shipped(cls, name)
+    path = resolve(checkpoint, cls) if checkpoint is not None else _shipped(cls, name)
     state, stored, class_path = read_checkpoint(path)
     if class_path is not None and class_path != plugin.class_path:
         owner = next((p.name for p in plugins().values() if p.class_path == class_path), None)

@@ -7,7 +7,7 @@ Training, validation, prediction and the capabilities it lacks are the platform'
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,6 +56,7 @@ class Method(LightningModule):
     info: ClassVar[Info]
     contract: ClassVar[int] = CONTRACT
     weights: ClassVar[str | None] = None  # path of the shipped weights, relative to the plugin's folder
+    more_weights: ClassVar[Mapping[str, str]] = {}  # other weights that ship: name as a checkpoint -> path, likewise
     published: ClassVar[tuple[Published, ...]] = ()  # weights that others publish, for `trackpl weights`
 
     def __init__(

@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from trackpl.cache import cache_folder
 from trackpl.downloads import is_safe
 from trackpl.errors import CheckpointError, Error
+
+if TYPE_CHECKING:
+    from trackpl.method import Method
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def resolve(checkpoint: str | Path, published: Iterable[Published]) -> Path:
-    """Return the file that a checkpoint argument names: a path, or the name of published weights in the cache.
+def resolve(checkpoint: str | Path, cls: type[Method]) -> Path:
+    """Return the file that a checkpoint argument names: a path, or a name.
+
+    Args:
+        checkpoint: a path, or the name of weights that ship with the method or of published ones in the cache.
+        cls: the method.
 
     Raises:
         CheckpointError: it names published weights that are not in the cache, or are broken there.
     """
     path = Path(checkpoint)
+    if str(checkpoint) in cls.more_weights and not path.exists():
+        owner = next(c for c in cls.__mro__ if "more_weights" in vars(c))
+        return in_package(owner, cls.more_weights[str(checkpoint)])
+    published = cls.published
     named = next((p for p in published if str(checkpoint) in (p.name, p.file_name)), None)
     if named is None or path.exists():
         return path
@@ -122,8 +133,11 @@ def resolve(checkpoint: str | Path, published: Iterable[Published]) -> Path:
 # The verb ---------------------------------------------------------------------------------------------------
 
 
-def shipped_path(cls: Any) -> Path | None:
+def shipped_path(cls: type[Method]) -> Path | None:
     """Return where the weights that ship with a method must be, or None if it ships none."""
-    if cls.weights is None:
-        return None
-    return Path(str(files(cls.__module__.rpartition(".")[0]) / cls.weights))
+    return None if cls.weights is None else in_package(cls, cls.weights)
+
+
+def in_package(cls: type[Method], file: str) -> Path:
+    """Return where a file that ships with a method must be."""
+    return Path(str(files(cls.__module__.rpartition(".")[0]) / file))

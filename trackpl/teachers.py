@@ -44,7 +44,7 @@ class Teacher:
         cls: type[Method] = find(self.name).load()
         hint = f"give its weights: {{name: {self.name}, checkpoint: FILE}}; `trackpl weights` lists what there is"
         try:
-            path = shipped_path(cls) if self.checkpoint is None else resolve(self.checkpoint, cls.published)
+            path = shipped_path(cls) if self.checkpoint is None else resolve(self.checkpoint, cls)
         except Error as error:
             raise DataError(f"teacher '{self.name}': {error}") from None
         if path is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from trackpl.downloads import Download
 from trackpl.errors import DataError, Error, PluginError, UnreachableError, closest
 from trackpl.plugins import Plugin, plugins
-from trackpl.published import Published, file_sha256, shipped_path
+from trackpl.published import Published, file_sha256, in_package, shipped_path
 from trackpl.remote import Patience
 from trackpl.usage import Parser
 
@@ -25,9 +25,10 @@ TRIES = 4  # in a row without a byte more; $TRACKPL_TRIES allows another number
 
 @dataclass(frozen=True)
 class Shipped:
-    """The weights that come with a plugin."""
+    """Weights that come with a plugin."""
 
-    name: str  # of the method
+    name: str  # the method's for those that it takes by itself
+    method: str
     licence: str
     path: Path | None  # None: it ships none
     package: str
@@ -59,20 +60,24 @@ def _known() -> tuple[dict[str, Shipped], dict[str, Published], list[str]]:
     """Return what ships and what is published, by name, and what is wrong with the plugins that cannot say."""
     shipped: dict[str, Shipped] = {}
     published: dict[str, Published] = {}
-    faults, inherited = [], []
+    faults, inherited, others = [], [], []
     for plugin in plugins().values():
         try:
             cls: Any = plugin.load()
-            own, records = _shipped(plugin, cls), _published(plugin, cls)
+            own, more, records = _shipped(plugin, cls), _more(plugin, cls), _published(plugin, cls)
         except PluginError as error:
             faults.append(str(error))
             continue
         shipped[plugin.name] = own
+        others += [(plugin, extra) for extra in more]
         for record in records:
             if record.method != plugin.name:
                 inherited.append((plugin, record))
             elif published.setdefault(record.name, record) != record:
                 faults.append(f"{plugin}: publishes other weights under the name '{record.name}', which is taken")
+    for plugin, extra in others:
+        if extra.name in published or shipped.setdefault(extra.name, extra) != extra:
+            faults.append(f"{plugin}: ships weights under the name '{extra.name}', which is taken")
     for plugin, record in inherited:  # a subclass has those of its parent, but none may speak for another
         if published.get(record.name) != record:
             faults.append(f"{plugin}: publishes '{record.name}' for '{record.method}', which is not its own name")
@@ -81,7 +86,14 @@ def _known() -> tuple[dict[str, Shipped], dict[str, Published], list[str]]:
 
 def _shipped(plugin: Plugin, cls: Any) -> Shipped:
     licence = getattr(getattr(cls, "info", None), "weights_licence", "") or "not stated"
-    return Shipped(plugin.name, licence, shipped_path(cls), f"{plugin.package} {plugin.version}")
+    return Shipped(plugin.name, plugin.name, licence, shipped_path(cls), f"{plugin.package} {plugin.version}")
+
+
+def _more(plugin: Plugin, cls: Any) -> list[Shipped]:
+    own, files = _shipped(plugin, cls), vars(cls).get("more_weights", {})  # not those of a parent, which lists them
+    if not isinstance(files, Mapping):
+        raise PluginError(f"{plugin}: `more_weights` must map names to files of its package; upgrade {plugin.package}")
+    return [replace(own, name=name, path=in_package(cls, file)) for name, file in files.items()]
 
 
 def _published(plugin: Plugin, cls: Any) -> tuple[Published, ...]:
@@ -97,11 +109,11 @@ def _list(_: None) -> int:
     shipped, published, faults = _known()
     rows = [("NAME", "METHOD", "SIZE", "LICENCE", "WHERE")]
     notes: dict[int, list[str]] = {}
-    for own in shipped.values():
+    for own in sorted(shipped.values(), key=lambda own: own.method):
         where = f"ships with {own.package}" if own.path else "ships no weights"
         if own.path and not own.path.is_file():
             where = f"MISSING from {own.package}; reinstall it"
-        rows.append((own.name, own.name, _size(own.path), own.licence if own.path else "-", where))
+        rows.append((own.name, own.method, _size(own.path), own.licence if own.path else "-", where))
         for record in (p for p in published.values() if p.method == own.name):
             notes[len(rows)] = _notes(record)
             rows.append(_row(record))
@@ -175,7 +187,8 @@ def _get(name: str) -> int:
     found = _find(name)
     if isinstance(found, Shipped):
         print(f"'{name}' ships with {found.package}, there is nothing to fetch: {found.path}")
-        print(f"next: trackpl track VIDEO --model {name}")
+        which = "" if name == found.method else f" --checkpoint {name}"
+        print(f"next: trackpl track VIDEO --model {found.method}{which}")
         return 0
     print(f"{found.name} for {found.method}, from {found.address}")
     print(f"licence of these weights: {_licence(found)}")

@@ -47,6 +47,11 @@ class ReducedEstimator(nn.Module):
         self.predict_flow = _conv(d + e, 2, last=True)
         self.features = e
 
+    @property
+    def last(self) -> nn.Module:
+        """The layer that gives the step of the flow."""
+        return self.predict_flow
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return features for the context network and the step of the flow (B, 2, h, w)."""
         x1 = self.conv1(x)
@@ -67,6 +72,11 @@ class DenseEstimator(nn.Module):
             inputs += width
         self.conv_last = _conv(inputs, 2, last=True)
         self.features = inputs
+
+    @property
+    def last(self) -> nn.Module:
+        """The layer that gives the step of the flow."""
+        return self.conv_last
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return features for the context network and the step of the flow (B, 2, h, w)."""
@@ -108,9 +118,9 @@ class Regressor(nn.Module):
         self.context_networks = ContextNetwork(self.flow_estimators.features + 2)
         self.conv_1x1 = nn.ModuleList(_conv(c, REDUCED, kernel=1) for c in WIDTHS[levels:0:-1])
         if from_walk:
-            last = self.flow_estimators.predict_flow if reduce_dense else self.flow_estimators.conv_last
-            for value in (*last.parameters(), *self.context_networks.convs[-1].parameters()):
-                nn.init.zeros_(value)
+            for last in (self.flow_estimators.last, self.context_networks.convs[-1]):
+                for value in last.parameters():
+                    nn.init.zeros_(value)
 
     def forward(
         self,
