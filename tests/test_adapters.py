@@ -19,7 +19,7 @@ class Flows(Method):
 
     def __init__(self):
         super().__init__()
-        self.encoded = []
+        self.encoded, self.matched = [], []
 
     def encode(self, images):
         t = (images.mean((1, 2, 3)) * 255).round()
@@ -27,6 +27,7 @@ class Flows(Method):
         return t
 
     def match(self, source, target, size):
+        self.matched += [(int(source[0]), int(target[0]))]
         move = (target - source)[:, None] * STEP
         return move[..., None, None].expand(-1, -1, *size)
 
@@ -92,6 +93,16 @@ def test_flow_made_of_encode_and_match_encodes_each_frame_once():
     assert method.flow(numbered(4), []).xy.shape == (1, 0, 2, 40, 60)
     with pytest.raises(DataError, match=r"flow pair \(0, 4\) is outside the clip of 4 frames"):
         method.flow(numbered(4), [(0, 1), (0, 4)])
+
+
+def test_points_that_go_back_and_points_that_come_share_the_flow_of_a_pair(monkeypatch):
+    method = Flows()
+    tracks = method.track(numbered(6), QUERIES)
+    pairs = set(method.matched)
+    assert len(pairs) == len(method.matched) and {(0, 1), (1, 0), (4, 5), (5, 4)} <= pairs
+    monkeypatch.setattr("trackpl.adapters.FLOW_BYTES", 3 * 8 * 40 * 60)  # of three pairs
+    again = method.track(numbered(6), QUERIES)
+    assert torch.equal(again.xy, tracks.xy) and len(method.matched) > 2 * len(pairs)
 
 
 def test_tracks_from_flow_follow_it_both_ways_in_time():

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 VIDEO_BYTES = 1 << 30
 """A video that decodes to more than this is tracked without ever being held whole."""
 
+FLOW_BYTES = 1 << 28
+"""Flow of a clip that is kept: points born in the middle go back over the pairs that others came by."""
+
 
 class Frames(Protocol):
     """A video whose frames are decoded on demand, such as `trackpl.video.VideoReader`."""
@@ -57,7 +60,7 @@ def flow(method: Method, clip: Clip, pairs: Sequence[tuple[int, int]]) -> Flow:
 
 
 def _flow_of(method: Method, clip: Clip) -> FlowOf:
-    """Give the flow of any pairs of a clip, remembering as many encoded frames as the longest step spans."""
+    """Give the flow of any pairs of a clip, remembering as many encoded frames as the longest step spans, and flow."""
     if not method.has("match"):
         return lambda pairs: method.flow(clip, pairs).xy
 
@@ -66,7 +69,13 @@ def _flow_of(method: Method, clip: Clip) -> FlowOf:
         image = clip.video[:, t]
         return method.encode(image.float() / 255 if image.dtype == torch.uint8 else image.float())
 
-    return lambda pairs: torch.stack([method.match(encode(s), encode(t), clip.size) for s, t in pairs], 1)
+    (h, w), b = clip.size, clip.video.shape[0]
+
+    @lru_cache(maxsize=FLOW_BYTES // (8 * b * h * w))
+    def match(s: int, t: int) -> Tensor:
+        return method.match(encode(s), encode(t), clip.size)
+
+    return lambda pairs: torch.stack([match(s, t) for s, t in pairs], 1)
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def read_labels(path: Path, size: tuple[int, int]) -> Marked:
         size: H, W of the video.
 
     Raises:
-        DataError: no such PNG, another shape, nothing marked, or colours by the hundred.
+        DataError: no such PNG, another shape, nothing marked, colours by the hundred, or edges that were smoothed.
     """
     image = _open_png(path)
     (h, w), (mh, mw) = size, (image.height, image.width)
@@ -113,7 +113,22 @@ def read_labels(path: Path, size: tuple[int, int]) -> Marked:
         raise DataError(f"the labels {path} have 16 bits or another kind of pixel ({image.mode}): save ids of 8 bits")
     if not ids.any() or (ids == ids.flat[0]).all():
         raise DataError(f"the labels {path} mark nothing: 0 is background, other values are what is followed")
+    _check_edges(ids, path)
     return Marked(ids, palette)
+
+
+def _check_edges(ids: np.ndarray, path: Path) -> None:
+    """Refuse ids of which most are in lines one pixel wide: what a resize or a brush makes of the edges of a mask."""
+    inner = ids[1:-1, 1:-1]
+    around = (ids[:-2, 1:-1], ids[2:, 1:-1], ids[1:-1, :-2], ids[1:-1, 2:])
+    solid = np.unique(inner[np.logical_and.reduce([inner == other for other in around])])
+    every = np.unique(ids)
+    thin = len(every) - len(solid)
+    if thin > max(len(solid), 4):
+        raise DataError(
+            f"the labels {path} have {len(every)} values, of which {thin} are nowhere wider than a line, as where edges "
+            "were smoothed: each value is an object of its own; save ids without smoothing, and resize them by nearest"
+        )
 
 
 def _open_png(path: Path) -> Image.Image:
@@ -239,7 +254,7 @@ def read_keypoints(path: Path, size: tuple[int, int]) -> tuple[list[str], Tensor
     """Read lines name,x,y (a first line may say so): names, and places (J, 2) in pixels of frame 0.
 
     Raises:
-        DataError: no such file, a line that is none, a name twice, a place outside the frame.
+        DataError: no such file, a line that is none, a name twice or none, a place outside the frame.
     """
     if not path.is_file():
         raise DataError(f"no keypoints at {path}: give a csv with lines name,x,y")
@@ -260,6 +275,8 @@ def read_keypoints(path: Path, size: tuple[int, int]) -> tuple[list[str], Tensor
             name, x, y = row[0], *map(float, row[1:])
         except (ValueError, IndexError):
             raise DataError(f"line {n} of {path} is '{','.join(row)[:60]}': allowed is name,x,y") from None
+        if not name:
+            raise DataError(f"line {n} of {path} names no keypoint: '{','.join(row)[:60]}'; allowed is name,x,y")
         if not (0 <= x <= w and 0 <= y <= h) or name in names:
             why = f"is twice in {path}" if name in names else f"lies outside the frame: x in [0, {w}], y in [0, {h}]"
             raise DataError(f"the keypoint '{name}' of line {n} (x={x:g}, y={y:g}) {why}")
