@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from golden.crw import dense_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trackpl_crw.method import MultiscaleCRW
 from trackpl_crw.smoothness import smoothness
 from trackpl_crw.transition import Matcher, Transition, local_correlation, median_filter, transition
-from trackpl_crw.walk import cycle_loss, path_inside, return_of_pair, returns_of_walk, transpose
+from trackpl_crw.walk import cycle_loss, path_inside, pull, push, return_of_pair, returns_of_walk, transpose
+
+from trackpl.testing import moving_clip
 
 GOLDEN = Path(__file__).parent / "golden" / "crw"
 CYCLES = [("cycle_k2", 2, 0.15), ("cycle_k2_r5", 5, 0.07), ("cycle_k3", 2, 0.15), ("cycle_k4", 2, 0.15)]
@@ -132,6 +135,42 @@ def test_gradients_are_those_of_finite_differences():
         return cycle_loss(*hops(e, fw, bw, 2, 0.3))
 
     assert torch.autograd.gradcheck(loss, (emb.requires_grad_(),), atol=1e-6, fast_mode=True)
+
+
+def test_gradients_of_pushing_and_pulling_a_batch_are_those_of_finite_differences():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 3, 3, 9, generator=g, dtype=torch.float64)
+    flow = torch.randn(2, 2, 3, 3, generator=g, dtype=torch.float64)
+    columns = torch.randn(2, 9, 2, generator=g, dtype=torch.float64)
+    for move in (push, pull):
+
+        def moved(a, columns, move=move):
+            return move(Transition(transpose(transpose(a)), flow, flow), columns)  # nothing leaves the grid
+
+        assert torch.autograd.gradcheck(moved, (a.requires_grad_(), columns.requires_grad_()))
+
+
+def test_pushing_is_the_adjoint_of_pulling():
+    emb, fw, _ = random_clip(4)
+    step = hops(emb, fw, fw, 2, 0.2)[0][0]
+    u, v = torch.randn(2, 1, 63, 3, dtype=torch.float64)
+    assert torch.allclose((u * pull(step, v)).sum(), (push(step, u) * v).sum())
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_walks_over_four_frames_of_a_batch_are_the_mean_of_its_clips(batch):
+    method = MultiscaleCRW(levels=2, embed_dim=8, radius=2, starts=384)  # every node of the finest level
+    clips = moving_clip(4, (64, 96), batch=batch)
+    loss = method.losses(clips)
+    torch.stack(list(loss.values())).sum().backward()
+    grads = [p.grad.clone() for p in method.parameters()]
+    method.zero_grad()
+    alone = [method.losses(clips.map(lambda x, i=i: x[i : i + 1])) for i in range(batch)]
+    for key, value in loss.items():
+        assert torch.allclose(value, torch.stack([each[key] for each in alone]).mean(), rtol=1e-4)
+    (torch.stack([x for each in alone for x in each.values()]).sum() / batch).backward()
+    for together, p in zip(grads, method.parameters(), strict=True):
+        assert (together - p.grad).abs().max() < 1e-3 * p.grad.abs().max() + 1e-6
 
 
 def test_a_pair_in_a_batch_is_the_pair_alone():

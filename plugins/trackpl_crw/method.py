@@ -20,7 +20,7 @@ features, as the published networks do; the paper speaks of the walk's embedding
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from trackpl.errors import DataError, Error
 from trackpl.published import resolve, shipped_path
 from trackpl_crw import weights as weights_of
 from trackpl_crw.occlusion import consistent, in_frame
+from trackpl_crw.other_walks import Walk, walk_loss
 from trackpl_crw.photometric import LOSSES
 from trackpl_crw.propagation import Propagation, embedded_size, propagate_frames
 from trackpl_crw.pwc import Regressor
@@ -40,7 +41,6 @@ from trackpl_crw.pyramid import FeaturePyramid, embed_heads, image_pyramid
 from trackpl_crw.regressor import RegressorLosses, both_ways, comparable, trusted
 from trackpl_crw.smoothness import smoothness
 from trackpl_crw.transition import Matcher, Transition, upsample
-from trackpl_crw.walk import cycle_loss
 
 FINEST = 4  # stride of the finest level
 
@@ -72,6 +72,10 @@ class MultiscaleCRW(Method):
         crw_weight: weight of the walk's loss.
         smooth_weight: weight of the smoothness loss.
         edge_constant: lambda of the smoothness loss.
+        walk: how local steps become the walk of the loss: ``splat`` spreads each bilinearly over nodes; ``window`` goes
+            to the nodes around the rounded flow; ``aligned`` lays all frames on the first. Flow is the same for all.
+        walk_levels: how many levels, from the coarsest on, the walk and the smoothness of its flow teach (Table 8);
+            None is all. Of the others only the heads stay as they are: coarser blocks sit on top of the finer ones.
         starts: nodes drawn at each level for walks of three frames and more.
         end_view_shift: the walk ends in a view of frame 0 displaced by this many pixels (a multiple of the coarsest
             stride) along either axis or both, at random; 0 ends it in frame 0 itself.
@@ -132,6 +136,8 @@ class MultiscaleCRW(Method):
         crw_weight: float = 1.0,
         smooth_weight: float = 30.0,
         edge_constant: float = 150.0,
+        walk: Walk = "splat",
+        walk_levels: int | None = None,
         starts: int = 512,
         end_view_shift: int = 0,
         curriculum: dict[int, int] | None = None,
@@ -170,6 +176,10 @@ class MultiscaleCRW(Method):
                 f"crw_multiscale needs end_view_shift a multiple of its coarsest stride {self.coarsest}, "
                 f"got {end_view_shift}"
             )
+        if end_view_shift and walk != "splat":
+            raise Error(f"crw_multiscale needs end_view_shift 0 with walk '{walk}'; only walk 'splat' ends elsewhere")
+        if walk_levels is not None and not 1 <= walk_levels <= levels:
+            raise Error(f"crw_multiscale needs walk_levels in 1..{levels}, its levels, or null; got {walk_levels}")
         if curriculum and (0 not in curriculum or min(curriculum.values()) < 2):
             raise Error(
                 f"crw_multiscale needs a curriculum that begins at step 0 with 2 frames or more, got {curriculum}"
@@ -186,6 +196,7 @@ class MultiscaleCRW(Method):
                 f"bound_ramp of 0 or more; got {bound_crop}, {bound_boxes}, {bound_start} and {bound_ramp}"
             )
         for name, given, allowed in (
+            ("walk", walk, get_args(Walk)),
             ("input_range", input_range, ("symmetric", "unit")),
             ("flow_by", flow_by, ("regressor", "walk")),
             ("cost_volume", cost_volume, ("features", "embeddings")),
@@ -201,6 +212,7 @@ class MultiscaleCRW(Method):
         self.embed_heads = embed_heads(levels, embed_dim)
         self.matcher = Matcher(radius, tau, expected_flow, median, stay)
         self.crw_weight, self.smooth_weight, self.edge_constant = crw_weight, smooth_weight, edge_constant
+        self.walk, self.walk_levels = walk, levels if walk_levels is None else walk_levels
         self.starts, self.end_view_shift, self.resolution = starts, end_view_shift, resolution
         self.curriculum = curriculum or {}
         self.input_range, self.flow_by, self.cost_volume = input_range, flow_by, cost_volume
@@ -222,6 +234,7 @@ class MultiscaleCRW(Method):
             bound_boxes=bound_boxes,
         )
         self.train_walk, self.start_from = train_walk, start_from
+        self.embed_heads[self.walk_levels :].requires_grad_(False)
         if not train_walk:
             self.feature_pyramid_extractor.requires_grad_(False)
             self.embed_heads.requires_grad_(False)
@@ -270,12 +283,14 @@ class MultiscaleCRW(Method):
         start_images = torch.cat([frames[: k - 1], frames[1:k]]).flatten(0, 1)
         guides = image_pyramid(start_images, [(s.flow.shape[-2], s.flow.shape[-1]) for s in steps])
         losses = {}
-        for level, (step, image) in enumerate(zip(steps, guides, strict=True)) if self.train_walk else ():
+        for level in range(self.walk_levels) if self.train_walk else ():
+            step, image = steps[level], guides[level]
             stride = self.coarsest >> level
             forward, backward = _hops(step, k - 1)
             nodes = (shift[0] // stride, shift[1] // stride)
             with torch.autocast(video.device.type, enabled=False):
-                walk = cycle_loss(forward, backward, self.starts, nodes)
+                args = embedded[level][:k], forward, backward, self.starts, nodes
+                walk = walk_loss(self.walk, self.matcher, *args)
                 smooth = smoothness(step.flow, image, self.edge_constant)
             losses[f"crw_{stride}"] = self.crw_weight * walk
             if self.smooth_weight:
@@ -301,9 +316,10 @@ class MultiscaleCRW(Method):
             with torch.no_grad():
                 cropped, covered = wanted.cropped(frames)
                 features = self.pyramid(cropped.flatten(0, 1))
-                cut = [[x.unflatten(0, (len(frames), -1)) for x in y] for y in (features, self._embeddings(features))]
-                walk = self.matcher.flows(*zip(*map(both_ways, cut[1]), strict=True)) if self.from_walk else []
-            student = self._regress(*cut, walk)[-1]
+                embedded = [e.unflatten(0, (len(frames), -1)) for e in self._embeddings(features)]
+                features = [f.unflatten(0, (len(frames), -1)) for f in features]
+                walk = self.matcher.flows(*zip(*map(both_ways, embedded), strict=True)) if self.from_walk else []
+            student = self._regress(features, embedded, walk)[-1]
             with torch.autocast(device, enabled=False):
                 losses["bound"] = share * wanted.of_boundary(student, flows[-1], covered)
         return losses
@@ -342,7 +358,7 @@ class MultiscaleCRW(Method):
         if stage != "fit" or self.start_from is None or self.trainer.ckpt_path is not None:
             return
         shipped = shipped_path(type(self))
-        path = shipped if self.start_from == "shipped" and shipped else resolve(self.start_from, self.published)
+        path = shipped if self.start_from == "shipped" and shipped else resolve(self.start_from, type(self))
         state = self.import_weights(read_checkpoint(path)[0])
         if not any(key.startswith("regressor.") for key in state):  # of a walk alone: the regressor begins here
             state |= {k: v for k, v in self.state_dict().items() if k.startswith("regressor.")}

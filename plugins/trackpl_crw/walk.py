@@ -161,58 +161,97 @@ def return_of_pair(forward: Transition, backward: Transition, shift: tuple[int, 
     return _Meet.apply(a.reshape(b * n, k), z, nodes.reshape(-1, 4), weights.reshape(-1, 4)).view(b, h, w)
 
 
-class _Apply(torch.autograd.Function):
+def _apply(a: Tensor, columns: Tensor) -> Tensor:
     """Product of a windowed matrix A (B, h, w, K) with columns D (B, N, S): out[p] = sum_k A[p, k] D[p + offset k]."""
+    b, h, w, k = a.shape
+    side, n = round(k**0.5), h * w
+    r = side // 2
+    y = (torch.arange(h, device=a.device)[:, None] + torch.arange(side, device=a.device) - r).clamp(0, h - 1)
+    x = (torch.arange(w, device=a.device)[:, None] + torch.arange(side, device=a.device) - r).clamp(0, w - 1)
+    near = (y[:, None, :, None] * w + x[None, :, None, :]).view(1, n, k)
+    near = near + torch.arange(b, device=a.device).view(b, 1, 1) * n  # off the grid A is zero
+    flat = columns.reshape(b * n, -1)
+    out = F.embedding_bag(near.view(b * n, k), flat, per_sample_weights=a.reshape(b * n, k), mode="sum")
+    return out.view_as(columns)
+
+
+def _rows_of_b(flow: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of B_f, see `_corners`; both (B N, 4)."""
+    nodes, weights = _corners(*_landing(flow)[1:], (flow.shape[-2], flow.shape[-1]))
+    return nodes.reshape(-1, 4), weights.reshape(-1, 4)
+
+
+def _sample(flow: Tensor, columns: Tensor) -> Tensor:
+    """B_f D: columns (B, N, S) of frame t sampled where the nodes go."""
+    nodes, weights = _rows_of_b(flow)
+    flat = columns.reshape(len(nodes), -1)
+    return F.embedding_bag(nodes, flat, per_sample_weights=weights, mode="sum").view_as(columns)
+
+
+def _splat(flow: Tensor, columns: Tensor) -> Tensor:
+    """B_f^T D: columns (B, N, S) on the places q + f(q), spread over the nodes of frame t."""
+    nodes, weights = _rows_of_b(flow)
+    flat = columns.reshape(len(nodes), -1)
+    out = torch.zeros_like(flat)
+    for c in range(4):
+        out.index_add_(0, nodes[:, c], flat * weights[:, c, None])
+    return out.view_as(columns)
+
+
+def _grad_a(here: Tensor, landed: Tensor, like: Tensor) -> Tensor:
+    """Gradient of <here, A landed>, both (B, N, S), in A: a local correlation with S channels."""
+    _, h, w, k = like.shape
+    here, landed = (x.mT.unflatten(2, (h, w)).contiguous() for x in (here, landed))
+    r = round(k**0.5) // 2
+    return local_correlation(here, F.pad(landed, [r] * 4), r)
+
+
+class _Pull(torch.autograd.Function):
+    """A B_f D of columns D (B, N, S). By hand, to keep A, f and D for the backward pass and nothing else."""
 
     @staticmethod
-    def forward(a: Tensor, columns: Tensor) -> Tensor:
-        b, h, w, k = a.shape
-        side, n = round(k**0.5), h * w
-        r = side // 2
-        y = (torch.arange(h, device=a.device)[:, None] + torch.arange(side, device=a.device) - r).clamp(0, h - 1)
-        x = (torch.arange(w, device=a.device)[:, None] + torch.arange(side, device=a.device) - r).clamp(0, w - 1)
-        near = (y[:, None, :, None] * w + x[None, :, None, :]).view(1, n, k)
-        near = near + torch.arange(b, device=a.device).view(b, 1, 1) * n  # off the grid A is zero
-        flat = columns.reshape(b * n, -1)
-        out = F.embedding_bag(near.view(b * n, k), flat, per_sample_weights=a.reshape(b * n, k), mode="sum")
-        return out.view_as(columns)
+    def forward(a: Tensor, flow: Tensor, columns: Tensor) -> Tensor:
+        return _apply(a, _sample(flow, columns))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a, columns = ctx.saved_tensors
-        b, h, w, k = a.shape
-        grad_a = grad_columns = None
-        if ctx.needs_input_grad[0]:  # <grad(p), D(p + offset)>: a local correlation with S channels
-            r = round(k**0.5) // 2
-            grad_a = local_correlation(grad.mT.reshape(b, -1, h, w), F.pad(columns.mT.reshape(b, -1, h, w), [r] * 4), r)
-        if ctx.needs_input_grad[1]:
-            grad_columns = _Apply.forward(_Transpose.forward(a), grad)
-        return grad_a, grad_columns
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, flow, columns = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        grad_a = _grad_a(grad, _sample(flow, columns), a) if wanted[0] else None
+        return grad_a, None, _Push.forward(a, flow, grad) if wanted[2] else None
+
+
+class _Push(torch.autograd.Function):
+    """B_f^T A^T D, the adjoint of `_Pull`."""
+
+    @staticmethod
+    def forward(a: Tensor, flow: Tensor, columns: Tensor) -> Tensor:
+        return _splat(flow, _apply(_Transpose.forward(a), columns))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, flow, columns = ctx.saved_tensors
+        landed = _sample(flow, grad)
+        grad_a = _grad_a(columns, landed, a) if ctx.needs_input_grad[0] else None
+        return grad_a, None, _apply(a, landed) if ctx.needs_input_grad[2] else None
 
 
 def pull(step: Transition, columns: Tensor) -> Tensor:
     """T D: for every node of s, the D (B, N, S) expected where it lands in t."""
-    nodes, weights = _corners(*_landing(step.flow_in)[1:], (step.flow_in.shape[-2], step.flow_in.shape[-1]))
-    b, n, s = columns.shape
-    landed = F.embedding_bag(
-        nodes.reshape(-1, 4), columns.reshape(b * n, s), per_sample_weights=weights.reshape(-1, 4), mode="sum"
-    )
-    return _Apply.apply(step.probability, landed.view(b, n, s))
+    return _Pull.apply(step.probability, step.flow_in, columns)
 
 
 def push(step: Transition, columns: Tensor) -> Tensor:
     """T^T D: how a distribution D (B, N, S) over the nodes of s spreads over those of t."""
-    nodes, weights = _corners(*_landing(step.flow_in)[1:], (step.flow_in.shape[-2], step.flow_in.shape[-1]))
-    b, n, s = columns.shape
-    spread = _Apply.apply(transpose(step.probability), columns).view(b * n, s)
-    out = spread.new_zeros(b * n, s)
-    for c in range(4):
-        out = out.index_add(0, nodes[..., c].reshape(-1), spread * weights[..., c].reshape(-1, 1))
-    return out.view(b, n, s)
+    return _Push.apply(step.probability, step.flow_in, columns)
 
 
 def returns_of_walk(
@@ -272,18 +311,27 @@ def cycle_loss(
         shift: see `return_of_pair`.
         eps: bounds the loss of a node and its gradient.
     """
-    b, h, w, _ = forward[0].probability.shape
+    _, h, w, _ = forward[0].probability.shape
     valid = torch.stack(path_inside(forward))
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     has_target = (x >= shift[0]) & (x < w + shift[0]) & (y >= shift[1]) & (y < h + shift[1])
     valid = (valid & has_target.to(valid.device)).flatten(2).to(forward[0].probability.dtype)
 
-    returns = [return_of_pair(forward[0], backward[0], shift).flatten(1)]
-    weights = [valid[0]]
+    returns, weights = [return_of_pair(forward[0], backward[0], shift).flatten(1)], [valid[0]]
     if len(forward) > 1:
-        n = h * w
-        chosen = torch.rand(b, n, device=valid.device).argsort(1)[:, : min(starts, n)]
+        chosen = draw(valid[0], starts)
         returns += returns_of_walk(forward, backward, chosen, shift)[1:]
         weights += [v.gather(1, chosen) for v in valid[1:]]
-    per_cycle = [-((p + eps).log() * v).sum(1) / v.sum(1).clamp(min=1) for p, v in zip(returns, weights, strict=True)]
+    return mean_of_cycles([(p + eps).log() for p in returns], weights)
+
+
+def draw(like: Tensor, starts: int) -> Tensor:
+    """Draw distinct nodes (B, S) for each clip of (B, N), S = `starts` or all N."""
+    b, n = like.shape
+    return torch.rand(b, n, device=like.device).argsort(1)[:, : min(starts, n)]
+
+
+def mean_of_cycles(logs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Mean over sub-cycles and clips of the weighted mean over nodes of -log R_m, of pairs of (B, S)."""
+    per_cycle = [-(log * v).sum(1) / v.sum(1).clamp(min=1) for log, v in zip(logs, weights, strict=True)]
     return torch.stack(per_cycle).mean()
