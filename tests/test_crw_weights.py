@@ -122,3 +122,24 @@ def test_training_starts_from_the_shipped_walk(tmp_path):
     assert 0 < (method.regressor.conv_1x1[0][0].weight - before).abs().max() < 1e-3  # one step from its own start
     with pytest.raises(CheckpointError, match="does not fit"):
         fit(MultiscaleCRW(levels=2, start_from="shipped"), tmp_path)
+
+
+def test_the_shipped_regressor_is_right_where_the_walk_has_nothing_to_match():
+    clip, step = moving_clip(7, (128, 160)), torch.tensor([12.0, 6.0])  # frame 6 against frame 0
+    stays = torch.zeros(128, 160, dtype=torch.bool)
+    stays[:122, :148] = True
+    error, seen = {}, {}
+    for by in ("walk", "regressor"):
+        flow = trackpl.load("crw_multiscale", "crw_regressor", flow_by=by, resolution=256).flow(clip, [(0, 6)])
+        error[by] = (flow.xy[0, 0] - step.view(2, 1, 1)).norm(dim=0)
+        seen[by] = flow.visible
+    assert error["regressor"][stays].mean() < error["walk"][stays].mean() < 1.5
+    assert error["regressor"][~stays].mean() < 0.3 * error["walk"][~stays].mean()
+    assert seen["regressor"][0, 0][stays].mean() > 0.9 and seen["regressor"][0, 0][~stays].mean() < 0.05
+
+
+def test_the_shipped_regressor_goes_with_the_shipped_walk():
+    walk, both = trackpl.load("crw_multiscale"), trackpl.load("crw_multiscale", "crw_regressor")
+    assert both.hparams["regress_from"] == "walk" and both.flow_by == "regressor"
+    shared = walk.state_dict()
+    assert all(torch.equal(both.state_dict()[k], v) for k, v in shared.items())

@@ -19,7 +19,7 @@ towards the incoming flow where embeddings say nothing (`stay`), and a walk that
 features, as the published networks do; the paper speaks of the walk's embeddings (`cost_volume`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -121,6 +121,7 @@ class MultiscaleCRW(Method):
     )
     contract: ClassVar[int] = 1
     weights: ClassVar[str | None] = "crw_multiscale.safetensors"
+    more_weights: ClassVar[Mapping[str, str]] = {"crw_regressor": "crw_regressor.safetensors"}
     propagation: Propagation = Propagation()
 
     def __init__(
