@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,21 @@ def test_a_method_gets_the_first_masks_and_all_frames_and_its_highest_channel_co
     assert torch.equal(method.given, perfect[0]) and method.shown == [(1, 3, *task.clip.size)] * task.clip.frames
     assert row["J&F"] == 100 and row["J_recall"] == 100 and row["J_decay"] == 0
     assert benchmark.way(method) == "propagate"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Some method's settings of propagation."""
+
+    context: int = 7
+    size: int | None = None
+
+
+@pytest.mark.parametrize("name", ["davis2017", "jhmdb"])
+def test_results_say_the_settings_of_a_methods_own_propagation(name):
+    method = Follows()
+    method.propagation = Settings(20)
+    assert find(name).way(method) == "propagate (context=20, size=None)"
 
 
 def test_void_in_the_first_frame_is_background_and_no_object(sets):

@@ -15,7 +15,7 @@ from trackpl.errors import DataError, Error
 from trackpl.testing import check_method, moving_clip
 
 GOLDEN = Path(__file__).parent / "golden" / "crw"
-SMALL = {"levels": 2, "resolution": None}
+SMALL = {"levels": 2, "resolution": None, "propagation": {"resolution": None}}
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_masks_of_every_frame_with_the_given_palette(clip, method, capsys):
             assert np.array_equal(ids == 4, np.roll(_ids() == 4, (t, 2 * t), (0, 1)))
             assert set(np.unique(ids)) == {0, 4, 9}
     assert len(open_video(out / "masks.mp4")) == FRAMES
-    assert "2 labels" in capsys.readouterr().out.replace("x 3", "x 2")  # void is none
+    assert "9 frames x 2 labels by the flow of OfFlow" in capsys.readouterr().out  # void is none
     assert main(["track", "clip.mp4", "--labels", str(given), "--device", "cpu"]) != 0  # it is there already
     assert "--overwrite" in capsys.readouterr().err
     again = ["track", "clip.mp4", "--labels", str(given), "--device", "cpu", "--overwrite", "--no-video"]
@@ -101,6 +101,7 @@ def test_labels_of_another_size_and_kind(tmp_path):
         (np.ones((H, H), np.uint8), "shapes must agree"),
         (np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8), "as many as a photo"),
         (np.full((H, W), 7000, np.uint16), "16 bits"),
+        (np.pad(np.tile(np.arange(0, 250, 10, dtype=np.uint8), (20, 1)), ((14, 14), (19, 20))), "edges were smoothed"),
     ],
 )
 def test_labels_that_are_none_are_refused(tmp_path, values, word):
@@ -157,6 +158,7 @@ def test_keypoints_by_tracks_and_by_maps(clip, method, kind, step):
         ("a,1\n", "allowed is name,x,y"),
         ("a,1,2,3\n", "allowed is name,x,y"),
         ("a,1,2\na,3,4\n", "is twice"),
+        (",1,2\n", "names no keypoint"),
         ("a,1,nan\n", "outside the frame"),
         ("a,1,99\n", "outside the frame"),
     ],

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from trackpl import adapters, draw
 from trackpl.errors import DataError, Error
 from trackpl.images import image_size
-from trackpl.propagation import joint_maps, one_hot, read_joints
+from trackpl.propagation import VOID, joint_maps, one_hot, read_joints
 from trackpl.recording import SHEET
 from trackpl.video import VideoReader
 from trackpl.writing import replacing, write_video
@@ -126,7 +126,7 @@ def _check_edges(ids: np.ndarray, path: Path) -> None:
     thin = len(every) - len(solid)
     if thin > max(len(solid), 4):
         raise DataError(
-            f"the labels {path} have {len(every)} values, of which {thin} are nowhere wider than a line, as where edges "
+            f"the labels {path} have {len(every)} values, of which {thin} are nowhere wider than a line, as if edges "
             "were smoothed: each value is an object of its own; save ids without smoothing, and resize them by nearest"
         )
 
@@ -191,8 +191,8 @@ def _follow_masks(method: Method, video: VideoReader, marked: Marked, out: Path,
         (out / "masks").chmod(0o755)
         Path(folder).mkdir()  # what the context wants to remove
     seconds = time.perf_counter() - began
-    count = len(np.setdiff1d(np.unique(marked.ids), [0]))
-    print(f"{video.frames} frames x {count} labels in {seconds:.1f} s ({seconds / video.frames:.2f} s a frame); files:")
+    count = len(set(np.unique(marked.ids).tolist()) - {0, VOID}) or 1  # void is none, unless it is the only one
+    _tell_work(method, video, f"{count} label{'s' * (count != 1)}", seconds)
     _tell(out, {"masks": "an indexed png a frame", "masks.mp4": "overlay", "masks.png": "a contact sheet of it"})
 
 
@@ -297,7 +297,7 @@ def _follow_keypoints(
         drawn = _noted(frames, rows.writerows, names, points)
         _write_pictures(drawn, out / "keypoints.png", out / "keypoints.mp4" if with_video else None, video)
     seconds = time.perf_counter() - began
-    print(f"{video.frames} frames x {len(names)} keypoints in {seconds:.1f} s; the files:")
+    _tell_work(method, video, f"{len(names)} keypoint{'s' * (len(names) != 1)}", seconds, ("propagate", "track"))
     about = {"keypoints.csv": ",".join(COLUMNS), "keypoints.mp4": "drawn", "keypoints.png": "a contact sheet of it"}
     _tell(out, about)
 
@@ -368,6 +368,20 @@ def _write_pictures(pictures: Iterator[Tensor], sheet: Path, film: Path | None, 
         deque(passing(), maxlen=0)
         sheet.with_suffix(".mp4").unlink(missing_ok=True)  # of an earlier run, it shows other labels
     draw.save_png(draw.contact_sheet(torch.stack(list(kept.values())), titles=[f"frame {t}" for t in kept]), sheet)
+
+
+def _tell_work(
+    method: Method,
+    video: VideoReader,
+    what: str,
+    seconds: float,
+    ways: tuple[str, ...] = ("propagate", "flow", "track"),
+) -> None:
+    """Say what was followed, by which of a method's capabilities, and how fast."""
+    way = next((w for w in ways if method.has(w)), "track_dense")
+    by = {"propagate": "label propagation", "flow": "flow"}.get(way, "tracks")
+    pace = f"{seconds:.1f} s ({seconds / video.frames:.2f} s a frame)"
+    print(f"{video.frames} frames x {what} by the {by} of {type(method).__name__} in {pace}; files:")
 
 
 def _tell(out: Path, about: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,6 +136,14 @@ def check_labels(labels: Tensor, image: Tensor, size: tuple[int, int] | None = N
         raise DataError(f"frames of these labels must be ({len(labels)}, 3, H, W), got {tuple(image.shape)}")
     if size and image.shape[-2:] != size:
         raise DataError(f"the frames of a video must all be of one size: {size} before, {tuple(image.shape[-2:])} now")
+
+
+def native_way(method: Method) -> str:
+    """Name a method's own label propagation for a result, with its settings if it has a dataclass `propagation`."""
+    settings = getattr(method, "propagation", None)
+    if settings is None or not is_dataclass(settings):
+        return "propagate"
+    return f"propagate ({', '.join(f'{f.name}={getattr(settings, f.name)}' for f in fields(settings))})"
 
 
 # Adapters -----------------------------------------------------------------------------------------------------------

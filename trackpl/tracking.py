@@ -33,6 +33,7 @@ from trackpl.video import VideoReader, open_video
 from trackpl.writing import replacing, write_video
 
 OUTPUTS = ("tracks.npz", "tracks.csv", "tracks.mp4", "tracks.png")
+FOR_POINTS, FOR_LABELS = "locotrack", "crw_multiscale"  # the methods that `track` takes by itself
 _CHUNK = 16  # frames decoded at once while drawing
 
 
@@ -88,8 +89,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     add(
         "--model",
         metavar="NAME",
-        default="locotrack",
-        help="a method of `trackpl plugins` (default: %(default)s)",
+        help=f"a method of `trackpl plugins` (default: {FOR_POINTS}, for --labels {FOR_LABELS})",
     )
     add(
         "--checkpoint",
@@ -156,6 +156,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         raise Error(f"--tail {given.tail}: allowed is a whole number of frames from 0 on")
     if not 0 <= given.threshold < 1:
         raise Error(f"--threshold {given.threshold:g}: allowed is a probability of at least 0 and below 1")
+    given.model = given.model or (FOR_LABELS if given.labels else FOR_POINTS)
     return given
 
 

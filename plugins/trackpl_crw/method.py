@@ -35,7 +35,7 @@ from trackpl_crw import weights as weights_of
 from trackpl_crw.occlusion import consistent, in_frame
 from trackpl_crw.other_walks import Walk, walk_loss
 from trackpl_crw.photometric import LOSSES
-from trackpl_crw.propagation import Propagation, embedded_size, propagate_frames
+from trackpl_crw.propagation import Propagation, embedded_size, label_stride, propagate_frames
 from trackpl_crw.pwc import Regressor
 from trackpl_crw.pyramid import FeaturePyramid, embed_heads, image_pyramid
 from trackpl_crw.regressor import RegressorLosses, both_ways, comparable, trusted
@@ -109,6 +109,8 @@ class MultiscaleCRW(Method):
         train_walk: false trains the regressor alone and keeps pyramid and embeddings.
         start_from: checkpoint whose weights training starts from, or ``shipped`` for those that come with the plugin;
             it may lack the regressor.
+        propagation: how labels are propagated: the name of published settings, ``davis`` or ``jhmdb``, or fields of
+            `Propagation` to change, such as ``{tau: 0.07}``; None is its own.
         optimizer: as ``{class_path, init_args}``.
         lr_scheduler: stepped once a batch.
     """
@@ -122,7 +124,6 @@ class MultiscaleCRW(Method):
     contract: ClassVar[int] = 1
     weights: ClassVar[str | None] = "crw_multiscale.safetensors"
     more_weights: ClassVar[Mapping[str, str]] = {"crw_regressor": "crw_regressor.safetensors"}
-    propagation: Propagation = Propagation()
 
     def __init__(
         self,
@@ -162,6 +163,7 @@ class MultiscaleCRW(Method):
         occlusion: Literal["wang", "brox"] = "wang",
         train_walk: bool = True,
         start_from: str | None = None,
+        propagation: str | dict[str, Any] | None = None,
         optimizer: OptimizerCallable = _adam,
         lr_scheduler: LRSchedulerCallable | None = _cyclic,
     ) -> None:
@@ -235,6 +237,7 @@ class MultiscaleCRW(Method):
             bound_boxes=bound_boxes,
         )
         self.train_walk, self.start_from = train_walk, start_from
+        self.propagation = Propagation.of(propagation)
         self.embed_heads[self.walk_levels :].requires_grad_(False)
         if not train_walk:
             self.feature_pyramid_extractor.requires_grad_(False)
@@ -442,11 +445,11 @@ class MultiscaleCRW(Method):
 
     @property
     def label_stride(self) -> int:
-        """Stride of the nodes that carry labels: the level above the finest one, the paper's level 4."""
-        return FINEST << min(1, len(self.embed_heads) - 1)
+        """Stride of the nodes that carry labels, see `Propagation`."""
+        return label_stride(self)
 
     def label_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the nodes (h, w) of the level that carries labels."""
+        """Return how many nodes (h, w) carry labels of frames of this size."""
         h, w = embedded_size(size, self.propagation.resolution, self.coarsest)
         return h // self.label_stride, w // self.label_stride
 

@@ -1,29 +1,32 @@
 """Label propagation (paper, 4.2): every frame takes its labels from frame 0 and the frames just before it.
 
-For target t and each source s the walk runs from t to s, coarse to fine, which gives a flow f at stride 8. Nodes of
+For target t and each source s the walk runs from t to s, coarse to fine, which gives a flow f at the nodes. Nodes of
 both frames are described by hypercolumns. A node p of t looks at the window of columns q around it, which stand for
 the places q + f(q) of s; of all columns of all sources the k most similar are kept, and the label of p is the mean of
 the labels there, weighted by a softmax over the kept ones alone. Sources are matched directly, not by products of the
 transitions between them: what was lost behind an occluder is found again.
 
 Which levels: the paper stacks its levels 3 and 4 of 5 and looks up labels at 4, our levels l=2 and l=3, strides 16 and
-8. Here it is always the level next to the finest and the one above it, so a pyramid of three levels (strides 16, 8, 4,
-as of the shipped weights) uses the same strides; one without a stride 16 has hypercolumns of one level.
+8. With ``nodes="paper"`` it is the level next to the finest and the one above it, so a pyramid of three levels (strides
+16, 8, 4, as of the shipped weights) uses the same strides. By default it is the finest level and the one above it,
+strides 4 and 8: small objects need them (figures in the README). A single level is a hypercolumn by itself.
 
 Glossary: as in `transition`; hypercolumn (B, C, h, w), S sources, K labels, k kept columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trackpl.errors import Error, closest
 from trackpl.propagation import as_float, check_labels, pixel_places, resample
 from trackpl_crw.transition import TILE, local_correlation, operands, unit, upsample, warp
 
@@ -33,26 +36,68 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Propagation:
-    """How labels are propagated; the paper gives no values.
-
-    Jabri et al. take topk 10 and tau 0.05 to 0.07; with the shipped weights wider means keep labels from running out
-    into what comes into view beside an object, and from staying behind (figures in the README).
+    """How labels are propagated; the paper gives no values. The README says how these were chosen.
 
     Args:
-        context: frames before the target that are sources besides frame 0, which counts twice while it is one of them;
-            Jabri et al. take 20 on DAVIS and 7 on JHMDB.
+        context: frames before the target that are sources besides frame 0, which counts twice while it is one of them.
         topk: columns that are kept for a node.
         tau: temperature of their softmax.
-        resolution: frames of a longer shorter side are made smaller to it; None keeps every size.
-        flow: by which labels and hypercolumns are warped; ``incoming``: that of the level above; ``finest``: that of
-            the finest level, with which slow motion is followed more closely, in more than twice the time.
+        resolution: frames are embedded with their shorter side made as long, if that does not enlarge the longer one to
+            more than twice as much; None keeps every size.
+        nodes: which carry labels: ``finest``, those of the finest level, or ``paper``, those of the level above it.
+        flow: by which labels and hypercolumns are warped; ``incoming``: that of the level above the nodes; ``finest``:
+            that of the finest level, which takes longer.
+
+    Raises:
+        Error: a setting that is out of range.
     """
 
-    context: int = 20
-    topk: int = 20
+    context: int = 7
+    topk: int = 10
     tau: float = 0.15
-    resolution: int | None = 480
+    resolution: int | None = 384
+    nodes: Literal["finest", "paper"] = "finest"
     flow: Literal["incoming", "finest"] = "incoming"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for name, allowed in (("nodes", ("finest", "paper")), ("flow", ("incoming", "finest"))):
+            if getattr(self, name) not in allowed:
+                raise Error(f"propagation needs {name} one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        whole = {"context": (self.context, 0), "topk": (self.topk, 1)}
+        if self.resolution is not None:
+            whole["resolution"] = (self.resolution, 16)
+        for name, (value, least) in whole.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise Error(f"propagation needs {name} a whole number of at least {least}; got {value!r}")
+        if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not 0 < self.tau < math.inf:
+            raise Error(f"propagation needs tau a number above 0; got {self.tau!r}")
+
+    @classmethod
+    def of(cls, given: str | Mapping[str, Any] | Propagation | None) -> Propagation:
+        """Return the settings that are meant: a name of `PUBLISHED`, or some of the fields, the others by default.
+
+        Raises:
+            Error: no such name, or no such field.
+        """
+        if given is None or isinstance(given, Propagation):
+            return given or cls()
+        if isinstance(given, str):
+            if given not in PUBLISHED:
+                raise Error(f"no settings of propagation are called '{given}'; {closest(given, PUBLISHED)}")
+            return PUBLISHED[given]
+        names = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise Error(f"propagation has no setting '{name}'; {closest(str(name), names)}")
+        return cls(**given)
+
+
+PUBLISHED = {
+    "davis": Propagation(context=20, topk=10, tau=0.07, resolution=None, nodes="paper"),
+    "jhmdb": Propagation(context=7, topk=10, tau=0.07, resolution=None, nodes="paper"),
+}
+"""Settings of the protocols of DAVIS and JHMDB in Jabri et al., whose tau is 0.05 to 0.07, on frames as they come."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +204,21 @@ def _at_nodes(flow: Tensor, nodes: Tensor) -> Tensor:
     return flow[..., ::step, ::step] / step if step else upsample(flow, 2)
 
 
+def label_stride(method: MultiscaleCRW) -> int:
+    """Return the stride of the nodes that carry labels."""
+    levels = len(method.embed_heads)
+    return method.coarsest >> _label_level(levels, method.propagation)
+
+
+def _label_level(levels: int, settings: Propagation) -> int:
+    return max(0, levels - (2 if settings.nodes == "paper" else 1))
+
+
 def embedded_size(size: tuple[int, int], resolution: int | None, coarsest: int) -> tuple[int, int]:
     """Return the size at which frames (H, W) are embedded: multiples of the coarsest stride, two at least."""
-    scale = 1.0 if resolution is None else min(1.0, resolution / min(size))
+    scale = 1.0
+    if resolution is not None:
+        scale = min(resolution / min(size), max(1.0, 2 * resolution / max(size)))
     h, w = (max(2, round(side * scale / coarsest)) * coarsest for side in size)
     return h, w
 
@@ -178,7 +235,7 @@ def propagate_frames(method: MultiscaleCRW, frames: Iterable[Tensor], labels: Te
 
     Each frame is embedded once, and as many frames are remembered as the context takes.
     """
-    settings, stride = method.propagation, method.label_stride
+    settings, stride = method.propagation, label_stride(method)
     given = labels.to(method.device, torch.float32)
     first: list[Source] = []
     before: list[deque[Source]] = []
@@ -209,7 +266,7 @@ def _described(method: MultiscaleCRW, image: Tensor, size: tuple[int, int]) -> l
     if image.shape[-2:] != size:
         image = F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
     levels = [level.float() for level in method.embed(image)]
-    fine = max(0, len(levels) - 2)
+    fine = _label_level(len(levels), method.propagation)
     hyper = hypercolumn(levels[fine], levels[fine - 1] if fine else None)
     used = levels if method.propagation.flow == "finest" else levels[:fine]
     return [([e[i : i + 1] for e in used], hyper[i : i + 1]) for i in range(len(image))]

@@ -19,7 +19,7 @@ from trackpl import protocols
 from trackpl.errors import DataError, Error
 from trackpl.metrics import segmentation
 from trackpl.metrics.segmentation import FIGURES, VOID
-from trackpl.propagation import one_hot
+from trackpl.propagation import native_way, one_hot
 from trackpl.protocols import Benchmark, Row, resized
 from trackpl.samples import decode
 from trackpl.shards import Sample, open_members
@@ -62,8 +62,10 @@ class Masks(Benchmark):
         }
 
     def way(self, method: Method) -> str:
-        """Return "propagate", or what the platform makes it of."""
-        return next((c for c in ("propagate", "flow", "track") if method.has(c)), "track_dense")
+        """Return "propagate" with the method's settings, or what the platform makes it of."""
+        if method.has("propagate"):
+            return native_way(method)
+        return next((c for c in ("flow", "track") if method.has(c)), "track_dense")
 
     def read(self, sample: Sample, setup: Mapping[str, Any]) -> Task:
         """Read one sequence."""

@@ -19,7 +19,7 @@ from trackpl import protocols
 from trackpl.errors import DataError, Error
 from trackpl.metrics.pose import SHARE, THRESHOLDS, pck_counts
 from trackpl.metrics.tapvid import rescale
-from trackpl.propagation import joint_maps, read_joints
+from trackpl.propagation import joint_maps, native_way, read_joints
 from trackpl.protocols import Benchmark, Row, resized
 from trackpl.samples import decode
 from trackpl.shards import Sample, open_members
@@ -66,8 +66,8 @@ class Poses(Benchmark):
         }
 
     def way(self, method: Method) -> str:
-        """Return "propagate" where it is native, else "track"."""
-        return "propagate" if method.has("propagate") else "track"
+        """Return "propagate" with the method's settings where it is native, else "track"."""
+        return native_way(method) if method.has("propagate") else "track"
 
     def read(self, sample: Sample, setup: Mapping[str, Any]) -> Task:
         """Read one clip and its joints."""
@@ -83,7 +83,7 @@ class Poses(Benchmark):
         """Return places (T, J, 2) in pixels of the original frames, and which joints were given one, (T, J) bool."""
         assert isinstance(task, Task)
         clip = Clip(resized(task.clip.video.to(method.device), setup["input_size"]), name=task.clip.name)
-        follow = _by_maps if self.way(method) == "propagate" else _by_tracks
+        follow = _by_maps if method.has("propagate") else _by_tracks
         places, found = follow(method, clip, task)
         return places.cpu(), found.cpu()
 
