@@ -333,13 +333,15 @@ def test_predictions_that_are_no_numbers_are_misses_and_counted(bench, tmp_path)
     assert "8 predicted positions are not finite" in done.out
 
 
-def test_results_lie_in_a_folder_named_by_benchmark_and_weights(trackpl, weights, davis):
-    path = weights()
-    done = trackpl("test", "--benchmark", FIRST, "--model=tiny", f"--checkpoint={path}", f"--data={davis}")
+def test_results_lie_in_a_folder_named_by_benchmark_and_weights_and_options(trackpl, weights, davis):
+    base = ("test", "--benchmark", FIRST, "--model=tiny", f"--checkpoint={weights()}", f"--data={davis}")
+    done = trackpl(*base)
     assert done.status == 0, done.err
     (folder,) = Path("results", FIRST).iterdir()
     result = json.loads((folder / "result.json").read_text())
     assert folder.name == f"tiny-{result['weights'][:8]}"
+    assert trackpl(*base, "--model.start", "2.5").status == 0  # beside it
+    assert {f.name for f in folder.parent.iterdir()} == {folder.name, f"{folder.name}-start=2.5"}
 
 
 def test_options_of_the_method_are_taken_and_recorded(bench):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,8 @@ def run(args: list[str]) -> int:
     check_set(benchmark, index)
     method = checkpoints.load(given.model, given.checkpoint, device, **options)
     setup = describe(benchmark, index, method, given.model, settings, options)
-    out = given.out or Path("results") / benchmark.name / f"{given.model}-{setup['weights'][:8]}{_suffix(settings)}"
+    name = f"{given.model}-{setup['weights'][:8]}{_suffix(settings, options)}"
+    out = given.out or Path("results") / benchmark.name / name
     wanted = index.samples[: given.limit]
     with alone(out):
         lines = Lines(out / ROWS, setup, given.overwrite)
@@ -103,10 +105,12 @@ def _size(text: str) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _suffix(settings: Mapping[str, Any]) -> str:
-    """Tell the folder of a jittered run from that of another."""
+def _suffix(settings: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Tell the folder of a run with jitter or with options of the method from those of others."""
     jitter = settings.get("jitter", {})
-    return "-jitter" + "-".join(f"{v:g}" for v in jitter.values()) if any(jitter.values()) else ""
+    parts = ["jitter" + "-".join(f"{v:g}" for v in jitter.values())] if any(jitter.values()) else []
+    parts += [f"{name}={value}" for name, value in sorted(options.items())]
+    return "".join("-" + re.sub(r"[^\w.=-]+", "_", part)[:40] for part in parts)
 
 
 def _method_options(words: list[str], flags: Sequence[str]) -> dict[str, Any]:
