@@ -156,7 +156,16 @@ def returns_of_hops(forward: Sequence[Hop], backward: Sequence[Hop], starts: Ten
 # frames that it leads from and to. Each is bilinear, and the gradients of one are the other two.
 
 
-class _Dots(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """What the three of them keep: both factors, the centres, and the size of the grid."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.size = inputs[3]
+
+
+class _Dots(_Product):
     """out[p, k] = <u(p), v(j)>, j the k-th node of the window around c(p)."""
 
     @staticmethod
@@ -172,18 +181,13 @@ class _Dots(torch.autograd.Function):
         return torch.cat(out).view(b, n, k) * on_grid
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.size = inputs[3]
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, v, centre = ctx.saved_tensors
         rest = centre, ctx.size
         return _Gather.forward(grad, v, *rest), _Scatter.forward(grad, u, *rest), None, None, None
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(_Product):
     """M v: out(p) = sum_k M[p, k] v(j)."""
 
     @staticmethod
@@ -195,11 +199,6 @@ class _Gather(torch.autograd.Function):
         return F.embedding_bag(near.view(b * n, k), flat, per_sample_weights=weights, mode="sum").view_as(v)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.size = inputs[3]
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         m, v, centre = ctx.saved_tensors
         rest, wanted = (centre, ctx.size), ctx.needs_input_grad
@@ -207,7 +206,7 @@ class _Gather(torch.autograd.Function):
         return grad_m, _Scatter.forward(m, grad, *rest) if wanted[1] else None, None, None
 
 
-class _Scatter(torch.autograd.Function):
+class _Scatter(_Product):
     """M^T u: out(j) = sum of M[p, k] u(p) over all p, k that lead to j."""
 
     @staticmethod
@@ -220,11 +219,6 @@ class _Scatter(torch.autograd.Function):
         flat, weights = u.reshape(b * n, -1), (m * on_grid).flatten()[order]
         out = F.embedding_bag(order // k, flat, bags, per_sample_weights=weights, mode="sum", include_last_offset=True)
         return out.view_as(u)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.size = inputs[3]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
