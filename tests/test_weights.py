@@ -181,7 +181,7 @@ def test_get_of_what_ships_and_names_that_are_none(publish, command):
     assert Path(command("path", "crw_multiscale")[1].strip()).is_file()
     for args, message in {
         ("get", "tooy"): "did you mean 'toy'?",
-        ("get", "tiny"): "crw_multiscale, locotrack, locotrack_base, ",  # it ships none
+        ("get", "tiny"): "crw_multiscale, crw_regressor, locotrack, locotrack_base, ",  # it ships none
         ("path", "toy"): "fetch it: trackpl weights get toy",
         ("get",): "needs a NAME",
         ("list", "toy"): "takes no NAME",
